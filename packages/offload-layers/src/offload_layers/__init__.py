@@ -1,0 +1,44 @@
+"""Layers that hold their weights on disk, in host memory or on the device, under a memory limit."""
+
+from offload_layers._errors import (
+    BudgetError,
+    ConfigError,
+    IllegalTransitionError,
+    MissingTensorError,
+    OffloadLayersError,
+    ShapeMismatchError,
+)
+from offload_layers._layers import (
+    AutoTorchModule,
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    AutoWrappedNonRecurseModule,
+)
+from offload_layers._lora import LoRAHotLoadMixin
+from offload_layers._placement import Placement, Policy
+from offload_layers._replace import (
+    enable_vram_management,
+    enable_vram_management_recursively,
+    fill_vram_config,
+)
+from offload_layers._state import State
+
+__all__ = [
+    "AutoTorchModule",
+    "AutoWrappedLinear",
+    "AutoWrappedModule",
+    "AutoWrappedNonRecurseModule",
+    "BudgetError",
+    "ConfigError",
+    "IllegalTransitionError",
+    "LoRAHotLoadMixin",
+    "MissingTensorError",
+    "OffloadLayersError",
+    "Placement",
+    "Policy",
+    "ShapeMismatchError",
+    "State",
+    "enable_vram_management",
+    "enable_vram_management_recursively",
+    "fill_vram_config",
+]

@@ -1,0 +1,191 @@
+"""A ceiling on the bytes that layers hold on one device.
+
+Bytes are borrowed before they are allocated. A layer that wants to *stay* on the device is refused when
+it does not fit; a layer that must *compute* is never refused, but others are asked to leave first. So
+room for the largest layer is always kept free of residents, and the limit holds while layers larger
+than the limit run alone.
+
+Changing the books happens under one lock; moving tensors happens outside of it.
+"""
+
+import itertools
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload_layers._device import Memory, memory_of
+from offload_layers._errors import BudgetError
+
+
+class Borrower(Protocol):
+    """A layer, as its budget sees it."""
+
+    name: str
+
+    @property
+    def computation_nbytes(self) -> int:
+        """Bytes that the layer needs on the device while it computes."""
+
+    def try_demote(self) -> bool:
+        """Leave the device now if that is possible without waiting; say whether it was done."""
+
+
+@dataclass(frozen=True)
+class BudgetStatistics:
+    """A snapshot of a budget, in bytes."""
+
+    device: torch.device
+    lent_nbytes: int
+    peak_nbytes: int
+    residents: int
+    refusals: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One loan in the books; the borrower may die with its model, the entry then goes with its lease."""
+
+    borrower: "weakref.ref[Borrower]"
+    nbytes: int
+    is_resident: bool
+
+
+class Lease:
+    """Bytes that one borrower holds until it gives them back, or until it is garbage."""
+
+    __slots__ = ("_budget", "_key", "nbytes")
+
+    def __init__(self, budget: "Budget", key: int, nbytes: int) -> None:
+        self._budget: Budget | None = budget
+        self._key = key
+        self.nbytes = nbytes
+
+    def give_back(self) -> None:
+        """Return the bytes; a second time is an error."""
+        budget, self._budget = self._budget, None
+        if budget is None:
+            raise BudgetError(f"a lease of {self.nbytes:,} bytes is given back twice")
+        budget._take_back(self._key)
+
+    def __del__(self) -> None:
+        if self._budget is not None:
+            # garbage collection may strike while this thread holds the budget's lock: only leave a note
+            self._budget._abandoned.append(self._key)
+
+
+class Budget:
+    """The books of one device. Limits come with each request, since models may have different ones."""
+
+    def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
+        self.device = device
+        self._memory = memory_of(device) if memory is None else memory
+        self._lock = threading.Lock()
+        self._entries: dict[int, _Entry] = {}
+        self._keys = itertools.count()
+        self._abandoned: deque[int] = deque()
+        self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
+        self._largest: tuple[int, int] = (0, 0)  # for this many borrowers, the largest computation_nbytes
+        self._lent = self._peak = self._refusals = 0
+
+    def register(self, borrower: Borrower) -> None:
+        """Make room for *borrower* whenever others want to stay; it need not be taken off again."""
+        with self._lock:
+            self._borrowers.add(borrower)
+            self._largest = (0, 0)
+
+    def try_borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease | None:
+        """Lend *nbytes* to a layer that wants to stay, or return None when it does not fit under *limit*."""
+        with self._lock:
+            self._collect()
+            if limit is not None:
+                wanted = nbytes + self._headroom()
+                # the driver is asked last: it is slow, and our own books refuse most requests
+                if self._lent + wanted > limit or self._in_use() + wanted > limit:
+                    self._refusals += 1
+                    return None
+            return self._lend(borrower, nbytes, is_resident=True)
+
+    def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
+        """Lend *nbytes* to a layer that is about to compute; residents may be asked to leave."""
+        if limit is not None:
+            self._make_room(borrower, nbytes, limit)
+        with self._lock:
+            return self._lend(borrower, nbytes, is_resident=False)
+
+    def demote_all(self) -> int:
+        """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""
+        with self._lock:
+            residents = self._residents()
+        left = sum(resident.try_demote() for resident in residents)
+        self._memory.release_cached()
+        return left
+
+    def statistics(self) -> BudgetStatistics:
+        """Return a snapshot."""
+        with self._lock:
+            residents = len(self._residents())
+            return BudgetStatistics(self.device, self._lent, self._peak, residents, self._refusals)
+
+    def __repr__(self) -> str:
+        s = self.statistics()
+        return f"<Budget {s.device} {s.lent_nbytes:,} bytes lent, {s.residents} residents>"
+
+    def _make_room(self, borrower: Borrower, nbytes: int, limit: int) -> None:
+        with self._lock:
+            self._collect()
+            if self._lent + nbytes <= limit:
+                return
+            # the most recent resident first: it is the one that will be needed again last
+            residents = self._residents()[::-1]
+        for resident in residents:
+            if resident is not borrower and resident.try_demote():
+                with self._lock:
+                    if self._lent + nbytes <= limit:
+                        return
+
+    def _headroom(self) -> int:
+        if self._largest[0] != len(self._borrowers):
+            self._largest = (len(self._borrowers), max(b.computation_nbytes for b in self._borrowers))
+        return self._largest[1]
+
+    def _in_use(self) -> int:
+        in_use = self._memory.in_use()
+        return self._lent if in_use is None else in_use
+
+    def _lend(self, borrower: Borrower, nbytes: int, *, is_resident: bool) -> Lease:
+        key = next(self._keys)
+        self._entries[key] = _Entry(weakref.ref(borrower), nbytes, is_resident)
+        self._lent += nbytes
+        self._peak = max(self._peak, self._lent)
+        return Lease(self, key, nbytes)
+
+    def _take_back(self, key: int) -> None:
+        with self._lock:
+            self._lent -= self._entries.pop(key).nbytes
+
+    def _residents(self) -> list[Borrower]:
+        """Those that could leave, the longest resident first."""
+        self._collect()
+        alive = [entry.borrower() for entry in self._entries.values() if entry.is_resident]
+        return [borrower for borrower in alive if borrower is not None]
+
+    def _collect(self) -> None:
+        """Strike out the loans of borrowers that are garbage."""
+        while self._abandoned:
+            self._lent -= self._entries.pop(self._abandoned.popleft()).nbytes
+
+
+_BUDGETS: dict[torch.device, Budget] = {}
+_BUDGETS_LOCK = threading.Lock()
+
+
+def budget_of(device: torch.device) -> Budget:
+    """Return the one budget of *device* in this process: models on one device share its memory."""
+    with _BUDGETS_LOCK:
+        if device not in _BUDGETS:
+            _BUDGETS[device] = Budget(device)
+        return _BUDGETS[device]

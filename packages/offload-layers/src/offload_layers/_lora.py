@@ -1,0 +1,42 @@
+"""Low-rank adapters that are added while a layer computes, without touching its weights."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Merger = Callable[[Tensor, Tensor], Tensor]
+
+
+class LoRAHotLoadMixin:
+    """Lists of low-rank factors to which adapters are appended, and from which they are cleared.
+
+    Attributes:
+        lora_A_weights: One ``(rank, in_features)`` tensor per adapter.
+        lora_B_weights: One ``(out_features, rank)`` tensor per adapter.
+        lora_merger: None to add the adapters' outputs, or a function of the layer's output and of the
+            stacked outputs ``(adapters, ..., out_features)`` that returns the merged output.
+    """
+
+    lora_A_weights: list[Tensor]
+    lora_B_weights: list[Tensor]
+    lora_merger: Merger | None
+
+    def init_lora_hotload(self) -> None:
+        """Start without adapters."""
+        self.lora_A_weights = []
+        self.lora_B_weights = []
+        self.lora_merger = None
+
+    def lora_forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return *out* ``(..., out_features)`` with the adapters' outputs for *x* ``(..., in_features)``."""
+        pairs = zip(self.lora_A_weights, self.lora_B_weights, strict=True)
+        outputs = (
+            x @ a.T.to(device=x.device, dtype=x.dtype) @ b.T.to(device=x.device, dtype=x.dtype)
+            for a, b in pairs
+        )
+        if self.lora_merger is not None:
+            return self.lora_merger(out, torch.stack(list(outputs)))
+        for output in outputs:
+            out = out + output
+        return out

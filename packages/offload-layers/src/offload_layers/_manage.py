@@ -1,0 +1,138 @@
+"""Taking over one layer: collect its parameters, put them where they rest, change its class."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from offload_layers._errors import ConfigError
+from offload_layers._managed import ManagedModule, swap_classes
+from offload_layers._placement import Policy
+from offload_layers._residency import Residency
+from offload_layers._source import Source, check_in_source, check_source, stored_dtype
+from offload_layers._transfer import convert, on_meta, parameter_like
+from offload_layers._weight import Slot, Weight
+
+
+def manage(
+    module: nn.Module,
+    face: type[ManagedModule],
+    policy: Policy,
+    *,
+    name: str,
+    source: Source | None,
+    limit: int | None,
+    recurse: bool,
+) -> Residency:
+    """Let a new residency own the parameters of *module*, which becomes an instance of *face*.
+
+    Everything that can be refused is refused before anything changes.
+    """
+    source = check_source(source)
+    modules = list(module.modules()) if recurse else [module]
+    for part in modules:
+        if isinstance(part, ManagedModule):
+            raise ConfigError(
+                f'layer "{name}" of class {type(part).__name__} is managed already; wrap a layer once'
+            )
+    weights, own = _collect(module, modules, name)
+    homes = [_home(weight, policy, source) for weight in weights]
+    buffers = [(part, key) for part in modules for key in part._buffers]
+    loaded = []
+    if source is not None:
+        loaded = [
+            (part, key, source[full]) for part, key, full in _stored_buffers(module, modules, name, source)
+        ]
+
+    for weight, home in zip(weights, homes, strict=True):
+        weight.register(home)
+    for part, key, values in loaded:
+        part._buffers[key] = values
+    residency = Residency(name, weights, buffers, policy, source=source, limit=limit)
+    swap_classes(own, face, module, residency)
+    return residency
+
+
+def _collect(
+    module: nn.Module, modules: list[nn.Module], prefix: str
+) -> tuple[list[Weight], dict[nn.Module, dict[str, Weight]]]:
+    """Return one weight per distinct parameter, and for each module its weights by attribute name."""
+    names = {part: n for n, part in module.named_modules()}
+    by_parameter: dict[int, Weight] = {}
+    own: dict[nn.Module, dict[str, Weight]] = {part: {} for part in modules}
+    for part in modules:
+        for attribute, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ConfigError(
+                    f'parameter "{attribute}" of layer "{prefix}" has no shape yet; run the model once'
+                )
+            weight = by_parameter.get(id(parameter))
+            if weight is None:
+                full = ".".join(filter(None, (prefix, names[part], attribute)))
+                weight = by_parameter[id(parameter)] = Weight(full, [])
+            weight.slots.append(Slot(part, attribute))
+            own[part][attribute] = weight
+    return list(by_parameter.values()), own
+
+
+def _home(weight: Weight, policy: Policy, source: Source | None) -> nn.Parameter:
+    """Return what the model holds of *weight* at rest."""
+    parameter = weight.registered
+    if policy.offload.is_disk and source is None:
+        raise ConfigError(
+            f'parameter "{weight.name}" is to be kept on disk, but there is no disk map to read it from. '
+            "Pass disk_map=DiskMap(path)."
+        )
+    if policy.offload.is_disk and source is not None and (parameter.is_meta or weight.name in source):
+        check_in_source(source, weight.name, parameter.shape)
+        return on_meta(
+            parameter, policy.computation.dtype_for(stored_dtype(source, weight.name, parameter.dtype))
+        )
+    if parameter.is_meta and source is not None:
+        check_in_source(source, weight.name, parameter.shape)
+    if policy.offload.is_disk:
+        return parameter  # not in the checkpoint, but in the model: its values stay in memory
+    return weight.copy_to(policy.offload, source)
+
+
+def _stored_buffers(
+    module: nn.Module, modules: list[nn.Module], prefix: str, source: Source
+) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield module, key and name in the source of each persistent buffer that the source has values for."""
+    names = {part: n for n, part in module.named_modules()}
+    for part in modules:
+        for key, buffer in part._buffers.items():
+            full = ".".join(filter(None, (prefix, names[part], key)))
+            if buffer is not None and key not in part._non_persistent_buffers_set and full in source:
+                yield part, key, full
+
+
+def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
+    """Give values to the parameters on ``meta``, and to the persistent buffers, that no layer manages.
+
+    They go to the computation device in the dtype of the source; eight-bit floats, in which nothing
+    computes by itself, become the computation dtype.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ManagedModule):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                full = f"{name}.{key}" if name else key
+                check_in_source(source, full, parameter.shape)
+                module._parameters[key] = parameter_like(parameter, _for_computation(source[full], policy))
+        for part, key, full in _stored_buffers(module, [module], name, source):
+            part._buffers[key] = _for_computation(source[full], policy)
+
+
+def _for_computation(values: Tensor, policy: Policy) -> Tensor:
+    is_eight_bit_float = values.is_floating_point() and values.dtype.itemsize == 1
+    dtype = policy.computation.dtype if is_eight_bit_float else None
+    return convert(values, type(policy.computation)(policy.computation.device, dtype))
+
+
+def unmanaged_on_meta(model: nn.Module) -> list[tuple[str, torch.Size]]:
+    """Return name and shape of each parameter that has no values."""
+    return [(name, p.shape) for name, p in model.named_parameters() if p.is_meta]

@@ -1,0 +1,240 @@
+"""What makes a module managed: its class becomes a generated subclass of its own class.
+
+The object stays the same object, ``isinstance`` of its class holds, and so do its hooks, its children, its
+names in ``state_dict`` and every reference that others keep to it. The generated class adds
+
+* for each parameter name a descriptor, asked only while the weight is not in place (a weight in place is an
+  instance attribute, which Python prefers to a descriptor without ``__set__``);
+* what ``nn.Module`` does by way of ``_parameters``, done by way of the residency: saving, loading,
+  assigning, copying, pickling, ``.to()``.
+"""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from offload_layers._errors import ConfigError
+from offload_layers._residency import Residency
+from offload_layers._weight import Weight
+
+Forward = Callable[..., Any]
+_log = logging.getLogger("offload_layers.managed")
+
+
+class WeightDescriptor:
+    """Reads a weight that is not in place right now, as the layer would compute with it."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        weight = module.__dict__["_weights"].get(self.attribute)
+        if weight is None:  # deleted, or replaced by something that is no parameter
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.attribute!r}")
+        return module.__dict__["_residency"].read(weight)
+
+
+class Offered:
+    """An attribute that a managed module offers, unless the module has one of that name itself."""
+
+    def __init__(self, getter: Callable[[Any], object]) -> None:
+        self.__doc__ = getter.__doc__
+        self._getter = getter
+        self._name = getter.__name__
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        for registry in (module._modules, module._buffers, module._parameters):
+            if self._name in registry:
+                return registry[self._name]
+        own = getattr(plain_class(type(module)), self._name, None)
+        if own is not None and not isinstance(own, Offered):
+            return own.__get__(module, type(module)) if hasattr(own, "__get__") else own
+        return self._getter(module)
+
+
+class FlatWeights:
+    """The list of weights which ``nn.RNNBase`` keeps beside its parameters, made anew at each reading."""
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        names = module.__dict__["_flat_weights_names"]
+        return [getattr(module, name, None) for name in names]
+
+
+class ManagedModule(nn.Module):
+    """A module whose parameters are owned by a residency."""
+
+    @classmethod
+    def _managed_forward(cls, own_forward: Forward) -> Forward:
+        """Return the ``forward`` of a managed class, given that of the module's own class."""
+        return own_forward
+
+    def _own_weights(self) -> dict[str, Weight]:
+        return self.__dict__["_weights"]  # type: ignore[no-any-return]
+
+    def _owner(self) -> Residency:
+        return self.__dict__["_residency"]  # type: ignore[no-any-return]
+
+    # -- assigning ----------------------------------------------------------------------------------
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register *param*; under the name of a managed weight it becomes that weight's values."""
+        weight = self._own_weights().get(name)
+        if weight is None or self._owner().is_open:
+            super().register_parameter(name, param)
+        elif param is None:
+            raise ConfigError(
+                f'parameter "{weight.name}" is managed and cannot be None; delete the attribute instead'
+            )
+        else:
+            self._owner().replace(weight, param)
+
+    def __delattr__(self, name: str) -> None:
+        weight = self.__dict__["_weights"].pop(name, None)
+        if weight is not None:
+            self.__dict__.pop(name, None)
+            self._owner().forget(weight, self)
+        super().__delattr__(name)
+
+    # -- saving and loading -------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in self._own_weights().items():
+            value = self._owner().value(weight)
+            destination[prefix + name] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        residency, weights = self._owner(), self._own_weights()
+        coming = {name: weight for name, weight in weights.items() if prefix + name in state_dict}
+        with residency.opened(coming.values()):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # -- copying ------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ManagedModule":
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        own = self._own_weights()
+        rest = {k: v for k, v in self.__dict__.items() if k not in own}
+        parameters = {n: None if n in own else copy.deepcopy(p, memo) for n, p in self._parameters.items()}
+        new.__dict__["_parameters"] = parameters  # the residency's copy fills in the managed ones
+        for key, value in rest.items():
+            if key != "_parameters":
+                new.__dict__[key] = copy.deepcopy(value, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the plain module with real weights: a file on this machine may not exist on another."""
+        plain = plain_class(type(self))
+        with self._owner().opened(self._own_weights().values(), read=True):
+            own_getstate = getattr(plain, "__getstate__", None)  # every object has one from Python 3.11 on
+            state = dict(own_getstate(self) if own_getstate else self.__dict__)
+            state["_parameters"] = dict(self._parameters)
+        for name in ("_residency", "_weights", *self._own_weights()):
+            state.pop(name, None)
+        if isinstance(self, nn.RNNBase):
+            self.__dict__.pop("_flat_weights", None)
+            state["_flat_weights"] = [state["_parameters"].get(n) for n in self._flat_weights_names]
+        return _unpickled, (plain, state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ManagedModule":
+        if recurse:
+            for module in self.children():
+                module._apply(fn)  # type: ignore[no-untyped-call]
+        probe = torch.empty(0, dtype=torch.float32)
+        if fn(probe).dtype != probe.dtype:
+            _warn_of_cast(str(self._owner().policy.computation))
+        return self
+
+
+@functools.lru_cache
+def _warn_of_cast(placement: str) -> None:
+    _log.warning(
+        "a change of dtype has no effect on managed layers: they compute in %s. Set computation_dtype "
+        "in vram_config instead.",
+        placement,
+    )
+
+
+def _unpickled(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = cls.__new__(cls)
+    module.__setstate__(state)  # type: ignore[no-untyped-call]
+    return module
+
+
+def plain_class(managed: type) -> type[nn.Module]:
+    """Return the class that a module had before it was managed."""
+    return managed.__dict__["_plain_class"]  # type: ignore[no-any-return]
+
+
+def managed_class(
+    face: type[ManagedModule], own: type[nn.Module], names: tuple[str, ...]
+) -> type[ManagedModule]:
+    """Return the subclass of *own* whose parameters *names* are managed, with the methods of *face*."""
+    key = (face, own, names)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(*key)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type, type, tuple[str, ...]], type[ManagedModule]] = {}
+
+
+def _make_class(
+    face: type[ManagedModule], own: type[nn.Module], names: tuple[str, ...]
+) -> type[ManagedModule]:
+    namespace: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
+    namespace.update(
+        __module__=own.__module__,
+        __qualname__=own.__qualname__,
+        __doc__=own.__doc__,
+        _plain_class=own,
+    )
+    if issubclass(own, nn.RNNBase):
+        namespace["_flat_weights"] = FlatWeights()
+    forward = face._managed_forward(own.forward)
+    if forward is not own.forward:
+        namespace["forward"] = functools.wraps(own.forward)(forward)
+    metaclass: Any = type(own)  # such as ABCMeta
+    return cast(type[ManagedModule], metaclass(own.__name__, (face, own), namespace))
+
+
+def swap_classes(
+    modules: dict[nn.Module, dict[str, Weight]],
+    face: type[ManagedModule],
+    top: nn.Module,
+    residency: Residency,
+) -> None:
+    """Make every module managed by *residency*: *top* as an instance of *face*, the others without one.
+
+    Raises:
+        ConfigError: a module's class cannot be extended; all modules are as before.
+    """
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    for module, weights in modules.items():
+        own = type(module)
+        try:
+            module.__class__ = managed_class(face if module is top else ManagedModule, own, tuple(weights))
+        except TypeError as error:
+            for earlier, its_class in swapped:
+                earlier.__class__ = its_class
+            raise ConfigError(
+                f"a module of class {own.__module__}.{own.__qualname__} cannot be managed: its class cannot "
+                f"be extended ({error}). Leave it out of the module map; scripted modules are such."
+            ) from error
+        swapped.append((module, own))
+    for module, weights in modules.items():
+        module.__dict__.update(_residency=residency, _weights=weights)
+        if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("_flat_weights", None)

@@ -1,0 +1,164 @@
+"""Managing a whole model by a map from module classes to layer classes."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from offload_layers._errors import ConfigError
+from offload_layers._layers import AutoTorchModule, AutoWrappedNonRecurseModule
+from offload_layers._manage import load_unmanaged, unmanaged_on_meta
+from offload_layers._managed import ManagedModule
+from offload_layers._placement import Policy, check_config_keys, parse_limit
+from offload_layers._source import check_in_source, check_source, with_ties
+
+_log = logging.getLogger("offload_layers.replace")
+
+ModuleMap = Mapping[type[nn.Module], Callable[..., nn.Module]]
+
+
+def enable_vram_management(
+    model: nn.Module,
+    module_map: ModuleMap,
+    vram_config: Mapping[str, object],
+    vram_limit: float | None = None,
+    disk_map: Mapping[str, Tensor] | None = None,
+    quantize: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Manage the layers of *model* in place, and return it.
+
+    Args:
+        model: The model; its parameters may be on ``meta`` if *disk_map* has their values.
+        module_map: Class of module -> ``AutoWrappedLinear``, ``AutoWrappedModule`` or
+            ``AutoWrappedNonRecurseModule``. The first entry of which a module is an instance counts. If the
+            model itself is an instance of one, it is managed as a single layer.
+        vram_config: ``{offload,onload,preparing,computation}_{dtype,device}``; see ``AutoTorchModule``.
+        vram_limit: GiB of the computation device that may be in use for layers to stay there; None: no
+            limit; 0: nothing stays.
+        disk_map: Mapping from names to tensors, which weights on disk are read from. With it, parameters
+            on ``meta`` and persistent buffers of modules that the map does not cover are loaded too.
+        quantize: Must be None; quantized layers are not managed.
+        **kwargs: Passed to the layer classes.
+
+    Returns:
+        *model*, with the attribute ``vram_management_enabled``.
+
+    Raises:
+        ConfigError: *vram_config*, *vram_limit* or *module_map* makes no sense, or the model is managed
+            already.
+        MissingTensorError: a parameter has neither values nor a tensor in *disk_map*.
+        ShapeMismatchError: *disk_map* has a tensor of another shape than the model.
+    """
+    _check_arguments(model, module_map, vram_config, vram_limit, quantize)
+    source = check_source(disk_map)
+    if source is not None:
+        source = with_ties(source, model)
+        for name, shape in unmanaged_on_meta(model):
+            check_in_source(source, name, shape)
+    policy = Policy.from_config(vram_config)
+
+    target = _target(model, module_map)
+    if target is not None:
+        vram_config = fill_vram_config(model, vram_config)
+        model = target(model, **vram_config, vram_limit=vram_limit, disk_map=source, **kwargs)
+    else:
+        enable_vram_management_recursively(
+            model,
+            module_map,
+            vram_config,
+            vram_limit=vram_limit,
+            disk_map=source,
+            quantize=quantize,
+            **kwargs,
+        )
+        if source is not None:
+            load_unmanaged(model, source, policy)
+        if not any(isinstance(module, ManagedModule) for module in model.modules()):
+            classes = ", ".join(c.__name__ for c in module_map)
+            _log.warning("%s has no module of the classes in module_map (%s)", type(model).__name__, classes)
+    model.vram_management_enabled = True  # type: ignore[assignment]  # pipelines look for this
+    return model
+
+
+def enable_vram_management_recursively(
+    model: nn.Module,
+    module_map: ModuleMap,
+    vram_config: Mapping[str, object],
+    vram_limit: float | None = None,
+    name_prefix: str = "",
+    disk_map: Mapping[str, Tensor] | None = None,
+    quantize: Any = None,
+    **kwargs: Any,
+) -> None:
+    """Manage the layers inside *model*, named *name_prefix*; see `enable_vram_management`."""
+    for child_name, module in list(model.named_children()):
+        if isinstance(module, AutoTorchModule):  # one module under two names, met before
+            continue
+        name = f"{name_prefix}.{child_name}" if name_prefix else child_name
+        target = _target(module, module_map)
+        if target is not None:
+            layer = target(
+                module, **vram_config, vram_limit=vram_limit, name=name, disk_map=disk_map, **kwargs
+            )
+            if layer is not module:  # a layer class from elsewhere, which wraps in its own way
+                setattr(model, child_name, layer)
+            if not isinstance(layer, AutoWrappedNonRecurseModule):
+                continue
+        enable_vram_management_recursively(
+            module,
+            module_map,
+            vram_config,
+            vram_limit=vram_limit,
+            name_prefix=name,
+            disk_map=disk_map,
+            quantize=quantize,
+            **kwargs,
+        )
+
+
+def fill_vram_config(model: nn.Module, vram_config: Mapping[str, object]) -> dict[str, object]:
+    """Return *vram_config* for a model that is managed as one layer: ready to compute from ONLOAD on."""
+    filled = dict(vram_config)
+    for role in ("onload", "preparing"):
+        for what in ("dtype", "device"):
+            filled[f"{role}_{what}"] = vram_config.get(f"computation_{what}")
+    if any(vram_config.get(key) != value for key, value in filled.items()):
+        _log.info(
+            "%s is managed as one layer: onload and preparing are set to computation: %s",
+            type(model).__name__,
+            filled,
+        )
+    return filled
+
+
+def _target(module: nn.Module, module_map: ModuleMap) -> Callable[..., nn.Module] | None:
+    return next((target for source, target in module_map.items() if isinstance(module, source)), None)
+
+
+def _check_arguments(
+    model: nn.Module,
+    module_map: object,
+    vram_config: Mapping[str, object],
+    vram_limit: object,
+    quantize: object,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"enable_vram_management manages a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(module_map, Mapping):
+        raise ConfigError(f"module_map must map module classes to layer classes; got {module_map!r}")
+    for source, target in module_map.items():
+        if not (isinstance(source, type) and issubclass(source, nn.Module) and callable(target)):
+            raise ConfigError(
+                f"module_map must map module classes to layer classes; got {source!r}: {target!r}"
+            )
+    check_config_keys(vram_config)
+    parse_limit(vram_limit)
+    if quantize is not None:
+        raise ConfigError("quantize is not supported: quantized layers cannot be managed yet")
+    for name, module in model.named_modules():
+        if isinstance(module, ManagedModule):
+            raise ConfigError(
+                f'layer "{name}" of {type(model).__name__} is managed already; enable management once'
+            )

@@ -1,0 +1,112 @@
+"""Where weights on disk come from: any mapping from names to tensors.
+
+A source that also offers ``info(name)``, with ``dtype`` and ``shape``, lets a model be checked against its
+checkpoint before anything is read or changed.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from offload_layers._errors import ConfigError, MissingTensorError, ShapeMismatchError
+
+Source = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class DescribesTensors(Protocol):
+    """A source that knows dtype and shape without reading."""
+
+    def info(self, name: str, /) -> Any:
+        """Return an object with ``dtype`` and ``shape``."""
+
+
+def check_source(source: object) -> Source | None:
+    """Return *source* if weights can be read from it."""
+    if source is None or isinstance(source, Mapping):
+        return source
+    if all(hasattr(source, method) for method in ("__getitem__", "__iter__", "__contains__")):
+        return source  # type: ignore[return-value]  # older lazy maps have no keys(), items() or len()
+    raise ConfigError(f"disk_map must map names to tensors; got {type(source).__name__}")
+
+
+def stored_dtype(source: Source, name: str, default: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the source gives *name*, as far as it tells without reading."""
+    if isinstance(source, DescribesTensors):
+        dtype = source.info(name).dtype
+        return dtype if isinstance(dtype, torch.dtype) else default
+    return default
+
+
+def check_in_source(source: Source, name: str, shape: torch.Size) -> None:
+    """Raise unless the source has *name*, and in that shape as far as it tells without reading."""
+    if name not in source:
+        near = difflib.get_close_matches(name, list(source), 3)
+        hint = f" Closest: {', '.join(near)}." if near else ""
+        raise MissingTensorError(
+            f'the disk map has no tensor "{name}", which a parameter of shape {tuple(shape)} needs.{hint} '
+            "Pass the checkpoint of this model, or a state_dict_converter that renames its tensors."
+        )
+    if isinstance(source, DescribesTensors):
+        check_shape(name, tuple(source.info(name).shape), shape)
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: torch.Size) -> None:
+    """Raise ``ShapeMismatchError`` unless the two shapes are equal."""
+    if tuple(found) != tuple(expected):
+        raise ShapeMismatchError(
+            f'tensor "{name}" has shape {tuple(found)} in the disk map, but {tuple(expected)} in the model. '
+            "Check that the model was built with the configuration of this checkpoint."
+        )
+
+
+class TiedSource(Mapping[str, Tensor]):
+    """A source in which tied parameters are found under any of their names."""
+
+    def __init__(self, source: Source, aliases: Mapping[str, str]) -> None:
+        self._source = source
+        self._aliases = aliases  # name that the source lacks -> name of the same parameter that it has
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[self._aliases.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._source
+        yield from self._aliases
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source or name in self._aliases
+
+    def info(self, name: str) -> Any:
+        """Return what the underlying source says of *name*."""
+        return self._source.info(self._aliases.get(name, name))  # type: ignore[attr-defined]
+
+
+class _PlainTiedSource(TiedSource):
+    """The same over a source that cannot describe its tensors."""
+
+    info = None  # type: ignore[assignment]
+
+
+def with_ties(source: Source, model: nn.Module, prefix: str = "") -> Source:
+    """Return *source*, extended by the names under which *model* ties a parameter that the source has."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(prefix=prefix, remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    aliases = {}
+    for names in names_of.values():
+        present = [name for name in names if name in source]
+        aliases.update({name: present[0] for name in names if present and name not in source})
+    if not aliases:
+        return source
+    return (
+        TiedSource(source, aliases)
+        if isinstance(source, DescribesTensors)
+        else _PlainTiedSource(source, aliases)
+    )
