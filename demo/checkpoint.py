@@ -83,9 +83,8 @@ def _write(recipe: Recipe, folder: Path) -> None:
     shards = list(_split(shapes, dtype.itemsize, recipe.shard_nbytes))
     generator = torch.Generator().manual_seed(recipe.seed)
     weight_map: dict[str, str] = {}
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="generating the checkpoint", leave=False
-    ) as progress:
+    about = "generating the checkpoint"
+    with tqdm(total=total, unit="B", unit_scale=True, desc=about, leave=False, disable=None) as progress:
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {}

@@ -94,7 +94,9 @@ def measure(job: Job) -> Run:
         if process.returncode != 0:
             messages.seek(0)
             raise DemoError(f"{job.mode} run: {_last_words(process.returncode, marks, messages.read())}")
-    times = {mark["mark"]: mark["time_s"] for mark in marks}
+    at = {mark["mark"]: Sample(**mark["sample"]) for mark in marks}
+    samples = sorted([*samples, *at.values()], key=lambda sample: sample.time_s)
+    times = {name: sample.time_s for name, sample in at.items()}
     end = marks[-1]
     return Run(job.mode, times, samples, end.get("bytes_read"), end.get("bytes_mapped"))
 

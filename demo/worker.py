@@ -1,13 +1,13 @@
 """One measured run in a process of its own: ``python worker.py JOB`` with a job as JSON.
 
-Marks go to standard output, one JSON object a line: ``{"mark": NAME, "time_s": MONOTONIC, ...}``. What
+Marks go to standard output, one JSON object a line: a name and a sample of this process's memory. What
 libraries print goes to standard error.
 """
 
+import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -156,7 +156,9 @@ def main() -> int:
     sys.path.insert(0, os.getcwd())  # for a model class or a function for inputs beside the user
 
     def mark(name: str, **more: Any) -> None:
-        print(json.dumps({"mark": name, "time_s": time.monotonic(), **more}), file=events)
+        sample = resident(os.getpid())
+        assert sample is not None  # this process is alive
+        print(json.dumps({"mark": name, "sample": dataclasses.asdict(sample), **more}), file=events)
 
     try:
         run(Job.loads(sys.argv[1]), mark)
