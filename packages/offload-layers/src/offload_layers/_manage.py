@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import ConfigError
-from offload_layers._managed import ManagedModule, swap_classes
+from offload_layers._managed import ManagedModule, attach, swap_classes
 from offload_layers._placement import Policy
 from offload_layers._residency import Residency
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype
@@ -44,12 +44,14 @@ def manage(
             (part, key, source[full]) for part, key, full in _stored_buffers(module, modules, name, source)
         ]
 
+    swap_classes(modules, face, module)
     for weight, home in zip(weights, homes, strict=True):
         weight.register(home)
     for part, key, values in loaded:
         part._buffers[key] = values
     residency = Residency(name, weights, buffers, policy, source=source, limit=limit)
-    swap_classes(own, face, module, residency)
+    for part in modules:
+        attach(part, residency, own[part])
     return residency
 
 
@@ -124,7 +126,7 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
                 check_in_source(source, full, parameter.shape)
                 module._parameters[key] = parameter_like(parameter, _for_computation(source[full], policy))
         for part, key, full in _stored_buffers(module, [module], name, source):
-            part._buffers[key] = _for_computation(source[full], policy)
+            part._buffers[key] = _for_computation(source[full], policy).clone()
 
 
 def _for_computation(values: Tensor, policy: Policy) -> Tensor:

@@ -210,22 +210,18 @@ def _make_class(
     return cast(type[ManagedModule], metaclass(own.__name__, (face, own), namespace))
 
 
-def swap_classes(
-    modules: dict[nn.Module, dict[str, Weight]],
-    face: type[ManagedModule],
-    top: nn.Module,
-    residency: Residency,
-) -> None:
-    """Make every module managed by *residency*: *top* as an instance of *face*, the others without one.
+def swap_classes(modules: list[nn.Module], face: type[ManagedModule], top: nn.Module) -> None:
+    """Give every module its managed class: *top* as an instance of *face*, the others without a face.
 
     Raises:
         ConfigError: a module's class cannot be extended; all modules are as before.
     """
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-    for module, weights in modules.items():
+    for module in modules:
         own = type(module)
+        names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
         try:
-            module.__class__ = managed_class(face if module is top else ManagedModule, own, tuple(weights))
+            module.__class__ = managed_class(face if module is top else ManagedModule, own, names)
         except TypeError as error:
             for earlier, its_class in swapped:
                 earlier.__class__ = its_class
@@ -234,7 +230,10 @@ def swap_classes(
                 f"be extended ({error}). Leave it out of the module map; scripted modules are such."
             ) from error
         swapped.append((module, own))
-    for module, weights in modules.items():
-        module.__dict__.update(_residency=residency, _weights=weights)
-        if isinstance(module, nn.RNNBase):
-            module.__dict__.pop("_flat_weights", None)
+
+
+def attach(module: nn.Module, residency: Residency, weights: dict[str, Weight]) -> None:
+    """Tell a module of a managed class who owns its parameters."""
+    module.__dict__.update(_residency=residency, _weights=weights)
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)

@@ -319,7 +319,7 @@ class Residency:
     def _drop_to(self, state: State) -> None:
         while len(self._tiers) > _HEIGHT[state]:
             tier = self._tiers[-1]
-            self._write_back(tier, self._tiers[-2])
+            self._write_back(tier)
             self._tiers.pop()
             self._hide()
             self._register(self._tiers[-1].parameters)
@@ -327,21 +327,23 @@ class Residency:
                 tier.lease.give_back()
         self._expose_if_resident()
 
-    def _write_back(self, tier: _Tier, below: _Tier) -> None:
+    def _write_back(self, tier: _Tier) -> None:
+        """Keep what was changed in the copy on top: its values in the tensors below, and its gradient."""
         for i, (parameter, version) in enumerate(zip(tier.parameters, tier.versions, strict=True)):
-            kept = below.parameters[i]
-            if parameter is kept:
+            below = self._tiers[-2].parameters[i]
+            if parameter is below:
                 continue
             if _version(parameter) != version:
-                placement = Placement(torch.device("cpu") if kept.is_meta else kept.device, kept.dtype)
-                with torch.no_grad():
-                    values = parameter.detach().to(placement.device, placement.dtype, copy=True)
-                if kept.is_meta:
-                    below.parameters[i] = nn.Parameter(values, requires_grad=kept.requires_grad)
+                device = torch.device("cpu") if below.is_meta else below.device
+                values = parameter.detach().to(device, below.dtype, copy=True)
+                if below.is_meta:  # from now on these values are at home in host memory
+                    kept = parameter_like(below, values)
+                    for lower in self._tiers[:-1]:
+                        lower.parameters[i] = kept if lower.parameters[i] is below else lower.parameters[i]
                 else:
-                    kept.data.copy_(values)
-            if parameter.grad is not None and not kept.is_meta:
-                kept.grad = parameter.grad.to(kept.device, kept.dtype)
+                    below.data.copy_(values)
+            if parameter.grad is not None and not below.is_meta:
+                below.grad = parameter.grad.to(below.device, below.dtype)
 
     def _changed(self, weight: Weight, top: nn.Parameter) -> bool:
         tier = self._tiers[-1]
