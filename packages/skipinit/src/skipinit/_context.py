@@ -1,0 +1,92 @@
+"""`skip_model_initialization`, the public face of a block."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+
+from ._block import Block
+from ._errors import NestedBlockError, SkipinitError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class skip_model_initialization:  # noqa: N801 (a name that users of DiffSynth-Studio know)
+    """Build models whose parameters hold no storage; everything else is what a plain construction gives.
+
+    As a context manager or as a decorator of a function, plain or ``async``::
+
+        with skip_model_initialization():
+            model = Model()
+        model.load_state_dict(state_dict, assign=True)
+
+    It acts on the thread, and on the asyncio task, that opened it. Blocks may be nested: the inner ones join the
+    outer one. One object may be used many times, also by several threads.
+
+    Args:
+        device: Where the parameters made in the block go. ``"meta"``: they have no values and no storage. Any other
+            device: they have the values of a plain construction, are moved there one by one, and are not skipped.
+
+    Raises:
+        NestedBlockError: on entering a block inside one with another device.
+    """
+
+    def __init__(self, device: torch.device | str | int = "meta") -> None:
+        if callable(device):
+            raise TypeError(
+                "skip_model_initialization got a function as its device. "
+                "As a decorator it is written with parentheses: @skip_model_initialization()"
+            )
+        self.device = torch.device(device)
+
+    def __enter__(self) -> None:
+        outer = Block.current()
+        if outer is None:
+            Block(self.device).open()
+        elif outer.device == self.device:
+            outer.depth += 1
+        else:
+            raise NestedBlockError(
+                f'skip_model_initialization("{self.device}") was entered inside a block for "{outer.device}". '
+                "The inner block joins the outer one, so both need the same device."
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        block = Block.current()
+        if block is None:
+            raise SkipinitError(
+                "skip_model_initialization was left by another thread, asyncio task or context than entered it"
+            )
+        if block.depth > 1:
+            block.depth -= 1
+        else:
+            block.close()
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Run every call of *function* in a block."""
+        if isinstance(function, type) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"skip_model_initialization decorates functions, not the class or generator {function.__qualname__}; "
+                "use a with-block around the construction"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> object:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return cast(Callable[P, R], run_async)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return run
