@@ -304,6 +304,19 @@ def test_a_layer_may_call_itself(disk_config: Config) -> None:
     assert_invariants(layer)
 
 
+def test_during_forward_the_parameters_are_those_of_the_plain_layer() -> None:
+    class Asks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert [(p.dtype, p.device) for p in self.parameters()] == [(torch.float32, x.device)] * 2
+            return super().forward(x.to(next(self.parameters()).dtype))
+
+    stored = {f"{role}_dtype": torch.float8_e4m3fn for role in ("offload", "onload", "preparing")}
+    layer = AutoWrappedLinear(Asks(4, 4), **stored, computation_dtype=torch.float32, computation_device="cpu")
+    layer(torch.randn(2, 4))
+    assert {p.dtype for p in layer.parameters()} == {torch.float8_e4m3fn}
+    assert_invariants(layer)
+
+
 def test_state_written_in_forward_survives(disk_config: Config) -> None:
     torch.manual_seed(0)
     plain = nn.BatchNorm1d(4).train()

@@ -253,7 +253,13 @@ def test_multihead_attention(config: Config) -> None:
     module = nn.MultiheadAttention(4, 2).eval()
     layer = wrap(module, config)
     assert torch.equal(layer(X, X, X)[0], module(X, X, X)[0])
-    assert torch.equal(copy.deepcopy(layer)(X, X, X)[0], module(X, X, X)[0])
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(X, X, X)[0], module(X, X, X)[0])
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(tensor.float(), module.state_dict()[name])
+    twin.out_proj.bias = nn.Parameter(torch.ones(4))
+    assert not torch.equal(twin(X, X, X)[0], module(X, X, X)[0])
+    assert torch.equal(layer(X, X, X)[0], module(X, X, X)[0])
 
 
 def test_weight_norm_and_parametrizations(config: Config) -> None:

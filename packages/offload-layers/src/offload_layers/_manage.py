@@ -40,9 +40,8 @@ def manage(
     buffers = [(part, key) for part in modules for key in part._buffers]
     loaded = []
     if source is not None:
-        loaded = [
-            (part, key, source[full]) for part, key, full in _stored_buffers(module, modules, name, source)
-        ]
+        stored = _stored_buffers(module, modules, name, source)
+        loaded = [(part, key, source[full].clone()) for part, key, full in stored]  # forward may write to it
 
     swap_classes(modules, face, module)
     for weight, home in zip(weights, homes, strict=True):

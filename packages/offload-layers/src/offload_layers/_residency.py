@@ -31,7 +31,7 @@ from offload_layers._placement import Placement, Policy
 from offload_layers._source import Source
 from offload_layers._state import State, check_legal
 from offload_layers._transfer import parameter_like
-from offload_layers._weight import Weight
+from offload_layers._weight import Slot, Weight
 
 _HEIGHT = {State.OFFLOAD: 1, State.ONLOAD: 2, State.PREPARING: 3}
 _STATE = {height: state for state, height in _HEIGHT.items()}
@@ -383,7 +383,7 @@ class Residency:
                 lease.give_back()
             raise
         for weight, tensor in zip(self.weights, staged, strict=True):
-            weight.expose(tensor)
+            weight.stage(tensor)
         self._staged, self._staged_differentiable = lease, differentiable
 
     def _unstage(self) -> None:
@@ -413,7 +413,10 @@ class Residency:
             new.__dict__.update(self.__dict__)
             new._lock = threading.RLock()
             new._users, new._staged, new.resident = 0, None, False
-            new.weights = copy.deepcopy(self.weights, memo)
+            new.weights = [Weight(weight.name, []) for weight in self.weights]
+            memo.update({id(old): weight for old, weight in zip(self.weights, new.weights, strict=True)})
+            for old, weight in zip(self.weights, new.weights, strict=True):
+                weight.slots = [Slot(copy.deepcopy(s.module, memo), s.attribute) for s in old.slots]
             new.buffers = copy.deepcopy(self.buffers, memo)
             new._tiers = [_Tier(copy.deepcopy(self._tiers[0].parameters, memo))]
             for weight, parameter in zip(new.weights, new._tiers[0].parameters, strict=True):

@@ -29,10 +29,13 @@ class Weight:
     def __init__(self, name: str, slots: list[Slot]) -> None:
         self.name = name
         self.slots = slots
+        self._covered: nn.Parameter | None = None  # what is registered at rest, while a staged copy is
 
     @property
     def registered(self) -> nn.Parameter:
-        """The parameter that the model holds now; on the device meta while it is on disk only."""
+        """The parameter that the model holds at rest; on the device meta while it is on disk only."""
+        if self._covered is not None:
+            return self._covered
         slot = self.slots[0]
         parameter = slot.module._parameters[slot.attribute]
         assert parameter is not None, self.name
@@ -48,10 +51,20 @@ class Weight:
         for slot in self.slots:
             slot.module.__dict__[slot.attribute] = tensor
 
+    def stage(self, tensor: Tensor) -> None:
+        """Let the model hold *tensor* while it computes, as the plain model would."""
+        self._covered = self.registered
+        self.expose(tensor)
+        for slot in self.slots:
+            slot.module._parameters[slot.attribute] = tensor  # type: ignore[assignment]  # not always a leaf
+
     def hide(self) -> None:
         """Leave reading the attribute to the class's descriptor."""
         for slot in self.slots:
             slot.module.__dict__.pop(slot.attribute, None)
+        if self._covered is not None:
+            self.register(self._covered)
+            self._covered = None
 
     def nbytes_in(self, placement: Placement) -> int:
         """Bytes that this weight takes in *placement*."""
