@@ -136,3 +136,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except DemoError as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted")
