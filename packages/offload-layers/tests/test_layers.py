@@ -1,6 +1,7 @@
 """Managed models compute what the plain model computes, in every configuration and state."""
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -379,3 +380,17 @@ def test_layers_that_make_no_sense_are_refused(make: Callable[[Config], object],
 
 def test_arguments_for_quantized_layers_are_ignored_by_others() -> None:
     AutoWrappedLinear(nn.Linear(2, 2), computation_device="cpu", quantize=None, metadata={})
+
+
+def test_a_model_that_nobody_holds_is_freed_at_once(managed: Callable[..., nn.Module], x: Tensor) -> None:
+    model = managed()
+    model(x)
+    layer = weakref.ref(model.blocks[0].up)
+    weight = weakref.ref(model.blocks[0].up.weight)
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -37,7 +37,7 @@ def manage(
             )
     weights, own = _collect(module, modules, name)
     homes = [_home(weight, policy, source) for weight in weights]
-    buffers = [(part, key) for part in modules for key in part._buffers]
+    buffers = [Slot(part, key) for part in modules for key in part._buffers]
     loaded = []
     if source is not None:
         stored = _stored_buffers(module, modules, name, source)

@@ -5,7 +5,7 @@ A weight that is in place for computation is also an ordinary attribute of its m
 the module's class has for the name is asked instead (see ``_managed``).
 """
 
-from dataclasses import dataclass
+import weakref
 
 from torch import Tensor, nn
 
@@ -15,12 +15,21 @@ from offload_layers._source import Source, check_shape
 from offload_layers._transfer import convert, parameter_like
 
 
-@dataclass(frozen=True)
 class Slot:
-    """A name in a module's ``_parameters``."""
+    """A name in a module, which is not kept alive: a model that nobody else holds is freed at once."""
 
-    module: nn.Module
-    attribute: str
+    __slots__ = ("_module", "name")
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module = weakref.ref(module)
+        self.name = name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        module = self._module()
+        assert module is not None, f"the module that held {self.name!r} is gone"
+        return module
 
 
 class Weight:
@@ -34,34 +43,42 @@ class Weight:
     @property
     def registered(self) -> nn.Parameter:
         """The parameter that the model holds at rest; on the device meta while it is on disk only."""
-        if self._covered is not None:
-            return self._covered
+        return self._covered if self._covered is not None else self.held
+
+    @property
+    def held(self) -> nn.Parameter:
+        """The parameter that the model holds now, be it for the time of a computation."""
         slot = self.slots[0]
-        parameter = slot.module._parameters[slot.attribute]
+        parameter = slot.module._parameters[slot.name]
         assert parameter is not None, self.name
         return parameter
+
+    @property
+    def exposed(self) -> Tensor | None:
+        """What reading the attribute gives without a transfer."""
+        slot = self.slots[0]
+        return slot.module.__dict__.get(slot.name)
 
     def register(self, parameter: nn.Parameter) -> None:
         """Let the model hold *parameter*."""
         for slot in self.slots:
-            slot.module._parameters[slot.attribute] = parameter
+            slot.module._parameters[slot.name] = parameter
 
     def expose(self, tensor: Tensor) -> None:
         """Make *tensor* what reading the attribute gives."""
         for slot in self.slots:
-            slot.module.__dict__[slot.attribute] = tensor
+            slot.module.__dict__[slot.name] = tensor
 
     def stage(self, tensor: Tensor) -> None:
         """Let the model hold *tensor* while it computes, as the plain model would."""
         self._covered = self.registered
         self.expose(tensor)
-        for slot in self.slots:
-            slot.module._parameters[slot.attribute] = tensor  # type: ignore[assignment]  # not always a leaf
+        self.register(tensor)  # type: ignore[arg-type]  # no leaf when gradients must flow back
 
     def hide(self) -> None:
-        """Leave reading the attribute to the class's descriptor."""
+        """Let the model hold what it holds at rest, and leave reading the attribute to the descriptor."""
         for slot in self.slots:
-            slot.module.__dict__.pop(slot.attribute, None)
+            slot.module.__dict__.pop(slot.name, None)
         if self._covered is not None:
             self.register(self._covered)
             self._covered = None
@@ -76,7 +93,7 @@ class Weight:
         registered = self.registered
         if placement.holds(registered):
             return registered
-        values = self._read(source) if registered.is_meta else registered.detach()
+        values = self.read(source) if registered.is_meta else registered.detach()
         return parameter_like(registered, convert(values, placement))
 
     def computable(self, placement: Placement, source: Source | None, *, differentiable: bool) -> Tensor:
@@ -91,7 +108,8 @@ class Weight:
             return copy.requires_grad_(False) if differentiable and registered.is_meta else copy
         return convert(registered, placement)
 
-    def _read(self, source: Source | None) -> Tensor:
+    def read(self, source: Source | None) -> Tensor:
+        """Return the values in the source, as they are stored there."""
         if source is None:
             raise MissingTensorError(
                 f'parameter "{self.name}" has no values and no disk map to read them from. Load the model '

@@ -78,8 +78,8 @@ def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
         for weight in residency.weights:
             parameter = weight.registered
             for slot in weight.slots:
-                assert slot.module._parameters[slot.attribute] is parameter, weight
-                exposed = slot.module.__dict__.get(slot.attribute)
+                assert slot.module._parameters[slot.name] is parameter, weight
+                exposed = slot.module.__dict__.get(slot.name)
                 assert (exposed is not None) == residency.resident, (weight, residency)
                 if exposed is not None:
                     assert residency.policy.computation.holds(exposed), (weight, residency)
@@ -89,6 +89,6 @@ def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
                 assert placement.holds(parameter), (weight, residency)
         assert residency._users == 0, residency
         assert residency._staged is None, residency
-        held += sum(tier.lease.nbytes for tier in residency._tiers if tier.lease is not None)
+        held += residency.leased_nbytes
     if budget is not None:
         assert budget.statistics().lent_nbytes == held, (budget, held)

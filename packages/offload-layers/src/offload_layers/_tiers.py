@@ -1,0 +1,132 @@
+"""The copies that a layer holds of its weights: a stack with the values at rest at its bottom.
+
+A layer in OFFLOAD has one tier, its *home*: host tensors, or nothing but shapes when it is on disk. Going
+to ONLOAD and to PREPARING puts a tier on top, made from the one below; where both placements are equal it
+is the same tensors and costs nothing. Going back drops the top. So nothing is ever copied down, no value
+loses precision on the way, and offloading is free.
+
+What the model holds at rest is the top of the stack. An in-place change of a copy (an optimizer,
+``weight.add_``) would be dropped with it; torch counts a tensor's in-place changes, so a changed copy is
+written back to the tiers below first.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from offload_layers._budget import Lease
+from offload_layers._placement import Placement
+from offload_layers._source import Source
+from offload_layers._transfer import parameter_like
+from offload_layers._weight import Weight
+
+
+@dataclass
+class _Tier:
+    parameters: list[nn.Parameter]
+    lease: Lease | None = None
+    versions: list[int] = field(default_factory=list)  # in-place changes counted when the copy was made
+
+
+def version_of(parameter: nn.Parameter) -> int:
+    """How often the parameter was changed in place; a tensor made under inference mode does not count."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+class TierStack:
+    """The tiers of one layer. Registers what is on top; exposes nothing."""
+
+    def __init__(self, weights: list[Weight], home: list[nn.Parameter]) -> None:
+        self._weights = weights
+        self._tiers = [_Tier(home)]
+
+    @property
+    def height(self) -> int:
+        """1 in OFFLOAD, 2 in ONLOAD, 3 in PREPARING."""
+        return len(self._tiers)
+
+    @property
+    def top(self) -> list[nn.Parameter]:
+        """What the model holds at rest."""
+        return self._tiers[-1].parameters
+
+    @property
+    def leased_nbytes(self) -> int:
+        """Bytes of the compute device that the copies take."""
+        return sum(tier.lease.nbytes for tier in self._tiers if tier.lease is not None)
+
+    def push(self, placement: Placement, source: Source | None, lease: Lease | None) -> None:
+        """Put copies in *placement* on top; on failure the lease is given back and nothing has changed."""
+        try:
+            if placement.is_disk:
+                parameters = self.top
+            else:
+                with torch.inference_mode(False):  # the copies outlive the forward that caused them
+                    parameters = [w.copy_to(placement, source) for w in self._weights]
+        except BaseException:
+            if lease is not None:
+                lease.give_back()
+            raise
+        self._register(parameters)
+        self._tiers.append(_Tier(list(parameters), lease, [version_of(p) for p in parameters]))
+
+    def pop(self) -> None:
+        """Drop the copies on top, keeping what was changed in them."""
+        tier = self._tiers[-1]
+        self._write_back(tier)
+        self._tiers.pop()
+        self._register(self.top)
+        if tier.lease is not None:
+            tier.lease.give_back()
+
+    def rehome(self, home: list[nn.Parameter]) -> None:
+        """Replace the values at rest while they are all there is."""
+        assert self.height == 1
+        self._register(home)
+        self._tiers = [_Tier(home)]
+
+    def set_home(self, weight: Weight, parameter: nn.Parameter) -> None:
+        """Replace the values at rest of one weight while they are all there is."""
+        assert self.height == 1
+        weight.register(parameter)
+        self._tiers[0].parameters[self._weights.index(weight)] = parameter
+
+    def values(self, weight: Weight, source: Source | None) -> Tensor:
+        """Return a weight's values at rest, in the dtype in which they are kept."""
+        index = self._weights.index(weight)
+        tier = self._tiers[-1]
+        if tier.versions and version_of(tier.parameters[index]) != tier.versions[index]:
+            return tier.parameters[index]
+        home = self._tiers[0].parameters[index]
+        return weight.read(source) if home.is_meta else home
+
+    def forget(self, weight: Weight) -> None:
+        """Drop one weight from all tiers."""
+        index = self._weights.index(weight)
+        for tier in self._tiers:
+            del tier.parameters[index : index + 1], tier.versions[index : index + 1]
+
+    def _register(self, parameters: list[nn.Parameter]) -> None:
+        for weight, parameter in zip(self._weights, parameters, strict=True):
+            trains = weight.registered.requires_grad  # requires_grad_() reaches what is registered only
+            weight.register(parameter)
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+
+    def _write_back(self, tier: _Tier) -> None:
+        for i, (parameter, version) in enumerate(zip(tier.parameters, tier.versions, strict=True)):
+            below = self._tiers[-2].parameters[i]
+            if parameter is below:
+                continue
+            if version_of(parameter) != version:
+                device = torch.device("cpu") if below.is_meta else below.device
+                values = parameter.detach().to(device, below.dtype, copy=True)
+                if below.is_meta:  # from now on these values are at home in host memory
+                    kept = parameter_like(below, values)
+                    for lower in self._tiers[:-1]:
+                        lower.parameters[i] = kept if lower.parameters[i] is below else lower.parameters[i]
+                else:
+                    below.data.copy_(values)
+            if parameter.grad is not None and not below.is_meta:
+                below.grad = parameter.grad.to(below.device, below.dtype)
