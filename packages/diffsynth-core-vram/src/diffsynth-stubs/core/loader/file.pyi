@@ -1,0 +1,1 @@
+from diffsynth_core_vram.core.loader.file import *  # noqa: F403

@@ -1,0 +1,1 @@
+from diffsynth_core_vram.core.vram import *  # noqa: F403

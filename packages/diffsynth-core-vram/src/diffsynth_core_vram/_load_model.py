@@ -1,0 +1,121 @@
+"""From files to a model that is ready to run: skipped initialization, lazy reading, managed layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from offload_layers import Policy, enable_vram_management
+from safemap import DiskMap
+from skipinit import skip_model_initialization
+from torch import Tensor, nn
+
+from diffsynth_core_vram._fit import check_fit, tie_aliases
+from diffsynth_core_vram._progress import Watched
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_model(
+    model_class: Callable[..., Model],
+    path: Any,
+    config: Mapping[str, Any] | None = None,
+    torch_dtype: torch.dtype | None = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    state_dict_converter: Callable[[Any], Mapping[str, Any]] | None = None,
+    use_disk_map: bool = False,
+    module_map: Mapping[type[nn.Module], Callable[..., nn.Module]] | None = None,
+    vram_config: Mapping[str, Any] | None = None,
+    vram_limit: float | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    quantize: Any = None,
+) -> Model:
+    """Build a model without initializing it, and give it the weights of a checkpoint, in evaluation mode.
+
+    Names and shapes are checked before any weight is read.  Then each tensor is read once and goes straight
+    to the dtype and device where it stays, so that the peak is the model and one tensor.
+
+    Args:
+        model_class: Called as ``model_class(**config)``; most often a subclass of ``torch.nn.Module``.
+        path: A file, a list of shards, a ``*.index.json`` or a folder, as for ``DiskMap``.
+        config: Keyword arguments of *model_class*.
+        torch_dtype: Dtype of the model; None keeps the dtypes of the checkpoint.  As with ``Module.to``,
+            integers keep theirs.  Without effect on a managed model.
+        device: Where the model is.  Without effect on a managed model.
+        state_dict_converter: Called with the checkpoint as a mapping from names to tensors; returns a mapping
+            in the names of the model.
+        use_disk_map: Accepted for compatibility: files are always read lazily.
+        module_map: Class of module -> ``AutoWrappedLinear`` or a relative.  With it the model is managed:
+            *vram_config* says where its layers are, and in which dtypes.
+        vram_config: ``{offload,onload,preparing,computation}_{dtype,device}``.  Without effect unless
+            *module_map* is given.
+        vram_limit: GiB of the computation device that may be in use for managed layers to stay there; None:
+            no limit; 0: nothing stays.
+        state_dict: Names to tensors, used instead of the files at *path*.
+        quantize: Must be None: quantized models are not supported yet.
+
+    Returns:
+        The model.  Layers kept on disk go on reading the files, which must stay as they are.
+
+    Raises:
+        CheckpointMismatchError: tensors are missing, unexpected or of another shape.
+        ValueError: *module_map* without *vram_config*, or settings that make no sense.
+        NotImplementedError: *quantize* is given.
+
+    A checkpoint that is missing, damaged or in parts raises the errors of ``DiskMap``.
+    """
+    if quantize is not None:
+        raise NotImplementedError(
+            f"load_model cannot load quantized models yet; got quantize={quantize!r}. Pass quantize=None; "
+            "vram_config can store weights in eight bits, as torch.float8_e4m3fn."
+        )
+    if module_map is not None and vram_config is None:
+        raise ValueError("module_map says which layers are managed, vram_config where they are: pass both")
+    policy = Policy.from_config(vram_config or {}) if module_map is not None else None
+
+    with skip_model_initialization():
+        model = model_class(**(config or {}))
+    source: Mapping[str, Tensor]
+    if state_dict is None:
+        source = DiskMap(path, device if policy is None else "cpu", state_dict_converter=state_dict_converter)
+    else:
+        source = state_dict if state_dict_converter is None else state_dict_converter(state_dict)
+    aliases = tie_aliases(model, source)
+    check_fit(model, source, aliases)
+
+    if policy is None:
+        with Watched(source, f"Loading {type(model).__name__}") as watched:
+            _assign(model, watched, aliases, torch_dtype, device)
+        model = model.to(dtype=torch_dtype, device=device)  # buffers, and classes with a `to` of their own
+        return model.eval()
+
+    def manage(source: Mapping[str, Tensor]) -> Model:
+        managed = enable_vram_management(model, module_map or {}, vram_config or {}, vram_limit, source)
+        return cast("Model", managed.eval())
+
+    if policy.offload.is_disk:  # almost nothing is read now
+        return manage(source)
+    with Watched(source, f"Loading {type(model).__name__}") as watched:
+        return manage(watched)
+
+
+def _assign(
+    model: nn.Module,
+    source: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> None:
+    """Let *model* hold the tensors of *source* themselves; a tied parameter stays one object."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Any] = {}
+    for name in {**dict.fromkeys(source), **aliases}:
+        first = aliases.get(name, name)
+        if first not in state:
+            tensor = source[first]
+            if isinstance(tensor, Tensor):  # extra state need not be one
+                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            if first in aliases:
+                tensor = nn.Parameter(tensor, requires_grad=parameters[first].requires_grad)
+            state[first] = tensor
+        state[name] = state[first]
+    model.load_state_dict(state, assign=True)

@@ -1,0 +1,408 @@
+"""``load_model`` on small models: what is loaded, what is refused, and how much memory that takes."""
+
+import weakref
+from collections.abc import Mapping
+
+import pytest
+import torch
+from diffsynth_core_vram import (
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    CheckpointMismatchError,
+    load_model,
+)
+from safetensors.torch import save_file
+from torch import nn
+
+FP8 = torch.float8_e4m3fn
+
+
+class Net(nn.Module):
+    """Something of everything: a tie, a parameter in the root, persistent and other buffers, integers."""
+
+    def __init__(self, width=8, words=5):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.ones(width))
+        self.steps = nn.Parameter(torch.tensor([2**24 + 1]), requires_grad=False)
+        self.register_buffer("offset", torch.zeros(width))
+        self.register_buffer("table", torch.linspace(0, 1, width), persistent=False)
+
+    def forward(self, x):  # (batch,)
+        return self.head(self.norm(self.embed(x) * self.scale + self.offset + self.table))
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        model.scale.normal_()
+        model.offset.normal_()
+        model.norm.running_mean.normal_()
+    return model
+
+
+@pytest.fixture
+def state(plain):
+    """The checkpoint, with the tied parameter under its first name only."""
+    return {name: tensor.clone() for name, tensor in plain.state_dict().items() if name != "head.weight"}
+
+
+@pytest.fixture
+def file(state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def everywhere(where, dtype=torch.float32):
+    """Return a ``vram_config`` that keeps weights at *where* and computes on the CPU."""
+    at_rest = ("disk", "disk") if where == "disk" else (dtype, where)
+    config = {"computation_dtype": torch.float32, "computation_device": "cpu"}
+    for role in ("offload", "onload", "preparing"):
+        config[f"{role}_dtype"], config[f"{role}_device"] = at_rest
+    return config
+
+
+LAYERS = {nn.Linear: AutoWrappedLinear, nn.Embedding: AutoWrappedModule, nn.BatchNorm1d: AutoWrappedModule}
+X = torch.arange(5)
+
+
+# -- what is loaded -------------------------------------------------------------------------------------
+
+
+def test_plain(plain, file):
+    model = load_model(Net, file, torch_dtype=None)
+    assert type(model) is Net
+    assert not model.training
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert torch.equal(model(X), plain(X))
+
+
+def test_configuration_is_passed_on():
+    model = load_model(
+        nn.Linear, "", {"in_features": 2, "out_features": 3}, state_dict=nn.Linear(2, 3).state_dict()
+    )
+    assert (model.in_features, model.out_features) == (2, 3)
+
+
+def test_dtype_is_for_floating_point_only(file):
+    model = load_model(Net, file, torch_dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    integers = {"steps": torch.int64, "norm.num_batches_tracked": torch.int64}
+    assert dtypes == {name: integers.get(name, torch.bfloat16) for name in dtypes}
+    assert model.steps.item() == 2**24 + 1
+
+
+def test_gradient_flags_and_ties_are_those_of_the_class(file):
+    model = load_model(Net, file)
+    assert model.head.weight is model.embed.weight
+    assert model.embed.weight.requires_grad
+    assert not model.steps.requires_grad
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+def test_tied_parameter_may_be_saved_under_either_name(plain, state, kept):
+    state[kept] = state.pop("embed.weight")
+    assert torch.equal(load_model(Net, "", torch_dtype=None, state_dict=state)(X), plain(X))
+
+
+def test_tied_parameter_saved_twice(plain, state):
+    state["head.weight"] = state["embed.weight"].clone()
+    model = load_model(Net, "", torch_dtype=None, state_dict=state)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model(X), plain(X))
+
+
+def test_tied_parameter_saved_with_two_values(state):
+    state["head.weight"] = state["embed.weight"] + 1
+    message = (
+        'Net ties "embed.weight" and "head.weight", but the checkpoint has different values for them. Build '
+        "the model without the tie (often tie_word_embeddings=False), or drop one with a "
+        "state_dict_converter=."
+    )
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(Net, "", state_dict=state)
+    assert str(caught.value) == message
+
+
+def test_state_dict_is_used_instead_of_files(plain, state):
+    before = dict(state)
+    model = load_model(Net, "there is no such file", torch_dtype=None, state_dict=state)
+    assert torch.equal(model(X), plain(X))
+    assert state.keys() == before.keys()
+    assert all(state[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_converter(plain, state, tmp_path, where):
+    save_file(
+        {f"model.{name}": t for name, t in state.items()} | {"extra": torch.ones(1)},
+        tmp_path / "model.safetensors",
+    )
+
+    def without_prefix(checkpoint):
+        return {name[len("model.") :]: checkpoint[name] for name in checkpoint if name != "extra"}
+
+    managed = {} if where is None else {"module_map": LAYERS, "vram_config": everywhere(where)}
+    path = str(tmp_path / "model.safetensors")
+    model = load_model(Net, path, torch_dtype=None, state_dict_converter=without_prefix, **managed)
+    assert torch.equal(model(X), plain(X))
+
+
+def test_converter_of_a_state_dict(plain, state):
+    renamed = {f"model.{name}": tensor for name, tensor in state.items()}
+    model = load_model(
+        Net,
+        "",
+        torch_dtype=None,
+        state_dict=renamed,
+        state_dict_converter=lambda checkpoint: {name[6:]: checkpoint[name] for name in checkpoint},
+    )
+    assert torch.equal(model(X), plain(X))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("vram_limit", [None, 0])
+@pytest.mark.parametrize("module_map", [LAYERS, {Net: AutoWrappedModule}], ids=["layers", "whole"])
+def test_managed(plain, file, where, vram_limit, module_map):
+    model = load_model(Net, file, module_map=module_map, vram_config=everywhere(where), vram_limit=vram_limit)
+    assert not model.training
+    assert model.vram_management_enabled
+    for _ in range(2):
+        assert torch.equal(model(X), plain(X))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_managed_in_eight_bits(plain, file):
+    model = load_model(Net, file, module_map=LAYERS, vram_config=everywhere("cpu", FP8), vram_limit=0)
+    assert model.head._parameters["weight"].dtype == FP8
+    with torch.no_grad():
+        for parameter in (plain.embed.weight, plain.norm.weight, plain.norm.bias):
+            parameter.copy_(parameter.to(FP8))
+    assert torch.equal(model(X), plain(X))
+
+
+def test_modules_that_rename_their_entries_are_heard(tmp_path):
+    def weight_normed():
+        return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+    plain = weight_normed()
+    old = {
+        "bias": plain.bias.detach(),
+        "weight_g": plain.parametrizations.weight.original0.detach(),
+        "weight_v": plain.parametrizations.weight.original1.detach(),
+    }
+    model = load_model(weight_normed, "", torch_dtype=None, state_dict=old)
+    x = torch.randn(4, 3)
+    assert torch.equal(model(x), plain(x))
+
+
+# -- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_misfits_are_reported_together(state, where, tmp_path):
+    state["model.norm.weight"] = state.pop("norm.weight")
+    state["scael"] = state.pop("scale")
+    state["table"] = torch.zeros(8)
+    state["offset"] = torch.zeros(9)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    managed = {} if where is None else {"module_map": LAYERS, "vram_config": everywhere(where)}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(Net, str(path), **managed)
+    assert str(caught.value).splitlines()[0] == "the checkpoint does not fit Net; it has 10 tensors:"
+    assert sorted(str(caught.value).splitlines()[1:]) == sorted(
+        [
+            '    2 missing: "scale" (is it "scael"?), "norm.weight" (is it "model.norm.weight"?)',
+            '    3 unexpected: "model.norm.weight" (is it "norm.weight"?), "scael" (is it "scale"?), "table" '
+            "(the model computes it itself)",
+            '    1 of another shape: "offset" ((9,), but (8,) in the model)',
+            "    Pass the config= of this checkpoint, or a state_dict_converter= that renames or drops "
+            "tensors.",
+        ]
+    )
+    assert set(caught.value.missing) == {"scale", "norm.weight"}
+    assert set(caught.value.unexpected) == {"model.norm.weight", "scael", "table"}
+    assert caught.value.mismatched == ["offset"]
+    assert isinstance(caught.value, RuntimeError)  # which is what load_state_dict raises
+
+
+def test_long_lists_are_cut(state):
+    renamed = {f"x{i}": torch.zeros(1) for i in range(1000)}
+    with pytest.raises(CheckpointMismatchError, match="and 995 more") as caught:
+        load_model(Net, "", state_dict=renamed)
+    assert len(str(caught.value)) < 1000
+    assert len(caught.value.unexpected) == 1000
+
+
+class Unreadable(Mapping):
+    """Describes its tensors, but will not give them."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was read")
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+    def __contains__(self, name):
+        return name in self.state
+
+    def info(self, name):
+        return self.state[name]
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_misfits_are_found_before_anything_is_read(state, where):
+    del state["scale"]
+    managed = {} if where is None else {"module_map": LAYERS, "vram_config": everywhere(where)}
+    with pytest.raises(CheckpointMismatchError):
+        load_model(Net, "", state_dict=Unreadable(state), **managed)
+
+
+def test_layers_on_disk_are_not_read(state):
+    whole = {Net: AutoWrappedModule}
+    stored = {
+        name: tensor for name, tensor in state.items() if name not in ("offset",) and "norm.r" not in name
+    }
+    del stored["norm.num_batches_tracked"]
+    assert stored.keys() < state.keys()
+    with pytest.raises(AssertionError, match="was read"):  # persistent buffers are, and nothing else
+        load_model(Net, "", state_dict=Unreadable(state), module_map=whole, vram_config=everywhere("disk"))
+
+
+def test_module_map_without_settings(file):
+    with pytest.raises(
+        ValueError, match=r"^module_map says which layers are managed, vram_config where they are"
+    ):
+        load_model(Net, file, module_map=LAYERS)
+
+
+def test_settings_without_module_map_are_ignored(plain, file):
+    model = load_model(Net, file, torch_dtype=None, vram_config=everywhere("disk"), vram_limit=0)
+    assert not hasattr(model, "vram_management_enabled")
+    assert torch.equal(model(X), plain(X))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"onlaod_device": "cpu"}, {}, r'unknown key .onlaod_device.\. Did you mean "onload_device"\?'),
+        ({"onload_device": "cqu"}, {}, "onload_device 'cqu' is no device that torch knows"),
+        ({"onload_dtype": "float16"}, {}, "onload_dtype must be a torch.dtype"),
+        ({}, {"vram_limit": "8GB"}, "vram_limit must be a number of GiB or None"),
+        ({}, {"vram_limit": -1}, "vram_limit must be zero GiB or more"),
+    ],
+    ids=["unknown key", "no device", "no dtype", "limit no number", "limit negative"],
+)
+def test_bad_settings(state, settings, options, message):
+    source = Unreadable(state)  # refused before anything is read
+    config = everywhere("cpu") | settings
+    with pytest.raises(ValueError, match=message):
+        load_model(Net, "", state_dict=source, module_map=LAYERS, vram_config=config, **options)
+
+
+def test_quantize_is_not_ignored(file):
+    with pytest.raises(
+        NotImplementedError, match="load_model cannot load quantized models yet; got quantize='int8'"
+    ):
+        load_model(Net, file, quantize="int8")
+
+
+# -- how much memory ------------------------------------------------------------------------------------
+
+
+class Counting(Mapping):
+    """Gives a new tensor at each reading, and counts how many of them live at once."""
+
+    def __init__(self, state):
+        self.state = state
+        self.alive = self.most = self.reads = 0
+
+    def __getitem__(self, name):
+        tensor = self.state[name].clone()
+        self.reads += 1
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor.untyped_storage(), self._gone)
+        return tensor
+
+    def _gone(self):
+        self.alive -= 1
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+    def __contains__(self, name):
+        return name in self.state
+
+    def info(self, name):
+        return self.state[name]
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
+
+
+def six_layers():
+    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
+
+
+def test_what_is_read_is_what_the_model_holds(layers):
+    given = []
+
+    class Source(Counting):
+        def __getitem__(self, name):
+            given.append(super().__getitem__(name))
+            return given[-1]
+
+    model = load_model(six_layers, "", torch_dtype=None, state_dict=Source(layers.state_dict()))
+    assert {p.data_ptr() for p in model.parameters()} == {t.data_ptr() for t in given}
+    assert len(given) == 6
+
+
+@pytest.mark.parametrize("managed", [False, True], ids=["plain", "managed"])
+def test_conversion_holds_one_tensor_twice(layers, managed):
+    source = Counting(layers.state_dict())
+    options = (
+        {"module_map": {nn.Linear: AutoWrappedLinear}, "vram_config": everywhere("cpu", FP8)}
+        if managed
+        else {}
+    )
+    model = load_model(six_layers, "", torch_dtype=torch.bfloat16, state_dict=source, **options)
+    assert {p.dtype for p in model.parameters()} == {FP8 if managed else torch.bfloat16}
+    assert source.reads == 6
+    assert source.most == 1
+
+
+# -- progress -------------------------------------------------------------------------------------------
+
+
+def test_progress_is_shown_on_a_terminal(file, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    load_model(Net, file)
+    shown = capsys.readouterr().err
+    assert "Loading Net: 100%" in shown
+    assert "B/s" in shown
+
+
+def test_no_progress_in_a_log_file(file, capsys):
+    load_model(Net, file)
+    assert capsys.readouterr() == ("", "")
