@@ -1,6 +1,7 @@
 """One open block: who is in it, what it made, and how it ends."""
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import threading
@@ -35,7 +36,6 @@ class Block:
         self.device = device
         self.depth = 1
         self.log = Log(Streams())
-        self.born: set[int] = set()
         self.parameters: dict[int, nn.Parameter] = {}  # by id
         self._thread, self._task = threading.get_ident(), _current_task()
         self._outer = _entered.get()
@@ -72,6 +72,8 @@ class Block:
             self._place_parameters()
 
     def _give_values(self) -> None:
+        for parameter in self.parameters.values() if self.log.born else ():  # ``parameter.data = ...`` made some real
+            self._empty(parameter)
         for tensor in self.log.survivors():
             if self.log.device_of(tensor) is not None:
                 self.log.materialize(tensor)
@@ -99,36 +101,37 @@ class Block:
             else:
                 self.log.materialize(tensor)
 
-    def _place_parameters(self) -> None:
-        keeps_values = self.device.type != "meta"
-        for parameter in self.parameters.values():
-            own_dispatch = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
-            if isinstance(parameter, UninitializedTensorMixin) or own_dispatch:
-                continue
-            if self.log.device_of(parameter) is not None:
-                if keeps_values:
-                    become(parameter, self.log.value(parameter).to(self.device))
-            elif not parameter.is_meta and storage_address(parameter) in self.born:
-                self._move(parameter)
+    def note(self, parameter: nn.Parameter) -> None:
+        """A module registers *parameter*."""
+        self.parameters[id(parameter)] = parameter
+        if self.log.born and storage_address(parameter) in self.log.born:
+            with torch._C.DisableTorchFunction():
+                self._empty(parameter)
 
-    def _move(self, parameter: nn.Parameter) -> None:
-        """Move a parameter that is real already, but was made in this block."""
-        if self.device.type == "meta":
-            size, stride = parameter.size(), parameter.stride()
-            moved = torch.empty_strided(size, stride, dtype=parameter.dtype, device=self.device)
-        else:
-            moved = parameter.detach().to(self.device)
-        try:
-            become(parameter, moved)
-        except PendingValueError:
-            pass  # C++ code holds it; it stays real, which costs memory only
+    def _empty(self, parameter: nn.Parameter) -> None:
+        """Take the storage of a real *parameter* whose data this block made."""
+        if parameter.is_meta or storage_address(parameter) not in self.log.born or _has_own_rules(parameter):
+            return
+        with contextlib.suppress(PendingValueError):  # C++ code holds it; it stays real, which costs memory only
+            self.log.adopt(parameter)
+
+    def _place_parameters(self) -> None:
+        if self.device.type != "meta":
+            for parameter in self.parameters.values():
+                if self.log.device_of(parameter) is not None:
+                    become(parameter, self.log.value(parameter).to(self.device, copy=True))
+
+
+def _has_own_rules(parameter: Tensor) -> bool:
+    own_dispatch = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own_dispatch or isinstance(parameter, UninitializedTensorMixin)
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     if _entered.get() is not None and parameter is not None:
         block = Block.current()
         if block is not None:
-            block.parameters[id(parameter)] = parameter
+            block.note(parameter)
 
 
 def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) -> None:

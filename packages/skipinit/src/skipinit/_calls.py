@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import PendingValueError
-from ._log import CPU, META, Log, become, replace, storage_address, tensors_in
+from ._log import CPU, META, Log, become, meta_like, replace, storage_address, tensors_in
 from ._vocabulary import (
     CASTS,
     ELEMENTWISE,
@@ -29,15 +29,6 @@ from ._vocabulary import (
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _meta_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    # torch.empty_like on meta makes torch import hundreds of modules
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=META)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.t().is_contiguous() if tensor.dim() == 2 else tensor.is_contiguous()
-
-
 def _independent(view: Tensor) -> Tensor:
     """*view* without autograd's reference to the tensor that it was made from, which could then not be replaced."""
     if not view._is_view():
@@ -49,9 +40,8 @@ def _independent(view: Tensor) -> Tensor:
 class Calls:
     """Answers calls for one block."""
 
-    def __init__(self, log: Log, born: set[int]) -> None:
+    def __init__(self, log: Log) -> None:
         self.log = log
-        self.born = born  # addresses of real storages that the block's calls made
 
     def answer(
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any], *, device: torch.device
@@ -78,15 +68,14 @@ class Calls:
     ) -> Any:
         """Run a call on real tensors, and remember which storages it made."""
         is_random = function.__name__ in RANDOM and not torch._C._len_torch_dispatch_stack()
-        if is_random and device.type != "meta":
-            self.log.follow_reseeding()
-            result = self.log.streams.call(function, arguments, keywords, device=device)
+        if is_random and device.type != "meta" and not self.log.streams.seeded_inside():
+            result = self.log.streams.call(function, arguments, keywords, device)
         else:
             result = function(*arguments, **keywords)
         made = [tensor for tensor in tensors_in(result) if tensor.layout is torch.strided and not tensor.is_meta]
         if made:
             given = {_address(tensor) for tensor in tensors_in((tuple(arguments), keywords))}
-            self.born.update({_address(tensor) for tensor in made} - given)
+            self.log.born.update({_address(tensor) for tensor in made} - given)
         return result
 
     # Deferring
@@ -99,8 +88,9 @@ class Calls:
         device = self.log.device_of(first) or CPU
         overwrites = name in INITIALIZERS or name in ELEMENTWISE_IN_PLACE
         if (
-            any(self.log.has_value(tensor) for tensor in pending)
-            or (name in RANDOM and not overwrites)
+            name == "__deepcopy__"
+            or any(self.log.has_value(tensor) for tensor in pending)
+            or (name in RANDOM and (not overwrites or self.log.streams.seeded_inside()))
             or (torch.is_grad_enabled() and name not in INITIALIZERS and function not in UNTRACKED
                 and any(tensor.requires_grad for tensor in pending))
             or any(self.log.device_of(tensor) != device for tensor in pending)
@@ -110,12 +100,10 @@ class Calls:
             others = (*arguments[1:], *keywords.values())
             only_numbers = first.is_floating_point() and all(type(value) in PLAIN for value in others)
             if overwrites and only_numbers:
-                if name in RANDOM:
-                    self.log.follow_reseeding()
                 self.log.write(function, arguments, keywords, [], device)
                 return first
             if name in ELEMENTWISE and only_numbers and first.is_contiguous():
-                return self._pending(function, arguments, keywords, _meta_like(first), device)
+                return self._pending(function, arguments, keywords, meta_like(first), device)
             if name in CASTS or name in ("to", "cpu", "cuda", "type"):
                 return self._cast(function, arguments, keywords, device)
         return self._ask_meta(function, arguments, keywords, device)
@@ -125,7 +113,7 @@ class Calls:
         device: torch.device,
     ) -> Tensor:  # fmt: skip
         self.log.write(function, arguments, keywords, [result], device)
-        return result
+        return self.log.keep(result, device)
 
     def _cast(
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any], device: torch.device
@@ -145,14 +133,14 @@ class Calls:
         elif len(arguments) > 1 or keywords or name in ("cuda", "type"):
             return NotImplemented
         if target.type == "meta":
-            return _meta_like(tensor, dtype)  # the caller's own meta tensor
+            return meta_like(tensor, dtype)  # the caller's own meta tensor
         if target.type != "cpu":
             target = torch.empty(0, device=target).device  # raises for a missing device; fills in its index
         if target == device and dtype in (None, tensor.dtype) and not always_copies:
             return tensor
         if not tensor.is_contiguous():
             return NotImplemented
-        return self._pending(function, arguments, keywords, _meta_like(tensor, dtype), target)
+        return self._pending(function, arguments, keywords, meta_like(tensor, dtype), target)
 
     def _ask_meta(
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any], device: torch.device
@@ -161,6 +149,7 @@ class Calls:
         if torch.is_autocast_enabled() or torch._C._len_torch_dispatch_stack():
             return NotImplemented
         as_it_was = self.log.snapshot(arguments, keywords)
+        given = {id(tensor) for tensor in tensors_in((tuple(arguments), keywords))}
         try:
             with torch.no_grad():
                 result = function(*arguments, **keywords)
@@ -168,25 +157,21 @@ class Calls:
             return NotImplemented
         if function == SET_DATA:
             return None
-        outputs = tensors_in(result)
         if function.__name__ == "__setitem__":
             self.log.write(function, *as_it_was, [], device)
             return None
+        result = replace(result, lambda output: output if id(output) in given else _independent(output))
+        outputs = tensors_in(result)
         known = isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and len(outputs) == len(result))
         if not known or not outputs or not all(output.is_meta for output in outputs):
             return NotImplemented
         new = [output for output in outputs if self.log.device_of(output) is None]
         if new or function.__name__ not in VIEWS:
             self.log.write(function, *as_it_was, new, device)
-        given = {id(tensor) for tensor in tensors_in((tuple(arguments), keywords))}
-        is_new = {id(output) for output in new}
-
-        def tracked(output: Tensor) -> Tensor:
-            if id(output) in given or id(output) in is_new:
-                return output
-            return self.log.keep(_independent(output), device)
-
-        return replace(result, tracked) if type(result) in (tuple, list) or isinstance(result, Tensor) else result
+        for output in outputs:
+            if id(output) not in given:
+                self.log.keep(output, device)
+        return result
 
     # Computing
 
@@ -198,6 +183,11 @@ class Calls:
         Pending tensors become real. Parameters stay as they are, since they must end without storage; a stand-in with
         the value takes part in the call.
         """
+        if torch._C._get_tracing_state() is not None:
+            raise PendingValueError(
+                "torch.jit.trace was called inside skip_model_initialization(): the trace would hold the values that "
+                "its parameters have now.\n    Trace the model after its weights are loaded, or use torch.jit.script."
+            )
         stand_ins: dict[int, Tensor] = {}
         for tensor in {id(tensor): tensor for tensor in pending}.values():
             try:

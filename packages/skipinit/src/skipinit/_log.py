@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._errors import PendingValueError
-from ._streams import Stream, Streams
+from ._streams import Streams
 from ._vocabulary import RANDOM, Function
 
 META = torch.device("meta")
@@ -61,10 +61,14 @@ class Operation:
     keywords: dict[str, Any]
     outputs: list[Geometry]  # storages that the call makes
     device: torch.device
-    stream: Stream
     default_dtype: torch.dtype
     storages: set[int] = field(default_factory=set)  # every storage the call reads, writes or makes
     is_done: bool = False
+
+
+def meta_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A meta tensor of the same layout (`torch.empty_like` would make torch import hundreds of modules)."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=META)
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -111,6 +115,7 @@ class Log:
         self.births: list[tuple[Tensor, Function, torch.device]] = []
         self.writes: list[tuple[Function, tuple[Any, ...], dict[str, Any]] | Operation] = []
         self.values: dict[int, torch.UntypedStorage] = {}
+        self.born: set[int] = set()  # addresses of the real storages that the block made
         # Results, views and replaced data: kept, like the births, so that no storage address is used twice.
         self.kept: list[tuple[Tensor]] = []
         self.streams = streams
@@ -124,6 +129,11 @@ class Log:
         """Where a plain construction would have put *tensor*; None if it is not pending."""
         if not tensor.is_meta or tensor.layout is not torch.strided:
             return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise PendingValueError(
+                "a transform of torch.func (vmap, grad, ...) got a tensor made inside skip_model_initialization(), "
+                "whose value it would not see.\n    Make its inputs before the block, or clone real tensors."
+            )
         for born, _, device in self.births[self._located_births :]:
             self._devices[storage_address(born)] = device
         self._located_births = len(self.births)
@@ -137,6 +147,17 @@ class Log:
         self._devices[storage_address(tensor)] = device
         self.kept.append((tensor,))
         return tensor
+
+    def adopt(self, parameter: Tensor) -> None:
+        """Make a real *parameter* pending, with the value that it has.
+
+        Raises:
+            PendingValueError: C++ code holds it.
+        """
+        device, storage = parameter.device, parameter.untyped_storage()
+        become(parameter, meta_like(parameter))
+        self.values[storage_address(parameter)] = storage
+        self.keep(parameter.detach(), device)
 
     def keep_replaced(self, tensor: Tensor) -> None:
         """Keep the data that a tensor had before it became real."""
@@ -152,19 +173,8 @@ class Log:
     def write(
         self, function: Function, arguments: Any, keywords: Any, outputs: Iterable[Tensor], device: torch.device
     ) -> None:
-        """Write down a call whose tensors are all pending; *outputs* have new storages, on *device*."""
-        operation = self._operation(function, arguments, keywords, outputs, device)
-        self.writes.append(operation)
-        for output in outputs:
-            self.keep(output, device)
-
-    def follow_reseeding(self) -> None:
-        """Before random numbers are asked for: was the global generator seeded since the last time?"""
-        before = self.streams.current
-        if self.streams.follow_reseeding():
-            after, self.streams.current = self.streams.current, before
-            self.sort()  # what was written down until now belongs to the stream before
-            self.streams.current = after
+        """Write down a call whose tensors are all pending; *outputs* have new storages, on *device*, to be kept."""
+        self.writes.append(self._operation(function, arguments, keywords, outputs, device))
 
     def _operation(
         self, function: Function, arguments: Any, keywords: Any, outputs: Iterable[Tensor], device: torch.device
@@ -185,7 +195,6 @@ class Log:
             keywords=keywords,
             outputs=made,
             device=device,
-            stream=self.streams.current,
             default_dtype=torch.get_default_dtype(),
             storages=read | {output.storage for output in made},
         )
@@ -258,9 +267,7 @@ class Log:
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 if function.__name__ in RANDOM:
-                    result = self.streams.call(
-                        function, arguments, keywords, device=operation.device, stream=operation.stream
-                    )
+                    result = self.streams.call(function, arguments, keywords, operation.device)
                 else:
                     result = function(*arguments, **keywords)
                 for promised, made in zip(operation.outputs, tensors_in(result)):
@@ -284,6 +291,7 @@ class Log:
             storage = self.values.get(promised.storage) or torch.UntypedStorage(promised.nbytes, device=made.device)
             promised.view(storage).copy_(made)
         self.values[promised.storage] = storage
+        self.born.add(storage._cdata)
 
     # At the end
 

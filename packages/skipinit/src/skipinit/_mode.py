@@ -47,7 +47,7 @@ class BlockMode(TorchFunctionMode):
     def __init__(self, block: "Block") -> None:
         super().__init__()
         self.block, self.log = block, block.log
-        self.calls = Calls(block.log, block.born)
+        self.calls = Calls(block.log)
 
     def __torch_function__(  # type: ignore[override]
         self, function: Function, types: object, arguments: Sequence[Any] = (), keywords: dict[str, Any] | None = None
@@ -98,7 +98,8 @@ class BlockMode(TorchFunctionMode):
         if factory is torch.rand or factory is torch.randn:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 return None  # it raises
-            self.log.follow_reseeding()
+            if self.log.streams.seeded_inside():
+                return None
         if factory is torch.full:
             self.log.births.append((tensor, torch.empty, device))
             self.log.write(Tensor.fill_, (tensor, fill_value), {}, [], device)
@@ -133,7 +134,7 @@ class BlockMode(TorchFunctionMode):
         return META if device.type == "meta" else torch.empty(0, device=device).device
 
     def _may_be_noted(self, kind: Kind, function: Function, target: Any) -> bool:
-        if type(target) is not nn.Parameter or not target.is_meta or self.log.values:
+        if type(target) is not nn.Parameter or not target.is_meta or (self.log.values and self.log.has_value(target)):
             return False
         if kind is FILL:  # a leaf's own methods raise in a plain construction, unless under no_grad
             return not (target.requires_grad and torch.is_grad_enabled())
