@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from diffsynth_core_vram import AutoWrappedLinear, AutoWrappedModule, AutoWrappedNonRecurseModule
+from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class Case:
     config: Mapping[str, Any]
     inputs: Callable[[torch.dtype], Inputs]
     dtype: torch.dtype = torch.bfloat16  # in which pipelines run this class
+    as_one_layer: tuple[type[nn.Module], ...] = ()  # parts whose code asks for the dtype of their parameters
 
     def build(self) -> nn.Module:
         """Build the plain model in ``dtype``, with the same random weights every time."""
@@ -151,6 +153,7 @@ CASES = {
         },
         _wan,
         torch.float32,
+        as_one_layer=(WanTimeTextImageEmbedding,),
     ),
     "sd3": Case(  # a persistent buffer: pos_embed.pos_embed
         diffusers.SD3Transformer2DModel,
@@ -249,18 +252,16 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture
-def module_map() -> Callable[[nn.Module], dict[type[nn.Module], Any]]:
-    """Return the map which manages every parameter of a model, layer by layer."""
-
-    def of(model: nn.Module) -> dict[type[nn.Module], Any]:
-        found: dict[type[nn.Module], Any] = {nn.Linear: AutoWrappedLinear}
-        for module in model.modules():
-            if module is not model and next(module.parameters(recurse=False), None) is not None:
-                face = AutoWrappedNonRecurseModule if next(module.children(), None) else AutoWrappedModule
-                found.setdefault(type(module), face)
-        return found
-
-    return of
+def module_map(case: Case) -> dict[type[nn.Module], Any]:
+    """The map which manages every parameter of the case's model, layer by layer."""
+    found: dict[type[nn.Module], Any] = dict.fromkeys(case.as_one_layer, AutoWrappedModule)
+    found[nn.Linear] = AutoWrappedLinear
+    model = case.build()
+    for module in model.modules():
+        if module is not model and next(module.parameters(recurse=False), None) is not None:
+            face = AutoWrappedNonRecurseModule if next(module.children(), None) else AutoWrappedModule
+            found.setdefault(type(module), face)
+    return found
 
 
 @pytest.fixture

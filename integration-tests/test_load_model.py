@@ -1,5 +1,6 @@
 """Every way of loading gives the plain model: outputs are compared bit by bit."""
 
+import copy
 import gc
 
 import pytest
@@ -31,14 +32,6 @@ def file(plain, save, tmp_path):
     return save(plain, tmp_path / "model.safetensors")
 
 
-@pytest.fixture
-def asks_for_stored_dtype(case, request):
-    """Wan casts its input to the dtype of ``next(self.time_embedder.parameters())``: the stored one."""
-    if case.model_class.__name__ == "WanTransformer3DModel":
-        mark = pytest.mark.xfail(raises=RuntimeError, reason="the model computes in the dtype of storage")
-        request.applymarker(mark)
-
-
 def settings(offload, onload, preparing, computation):
     """Return a ``vram_config``; each argument is ``"disk"`` or a pair of dtype and device."""
     roles = {"offload": offload, "onload": onload, "preparing": preparing, "computation": computation}
@@ -46,6 +39,12 @@ def settings(offload, onload, preparing, computation):
     for role, where in roles.items():
         config[f"{role}_dtype"], config[f"{role}_device"] = ("disk", "disk") if where == "disk" else where
     return config
+
+
+def with_dtype(model, dtype):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def nbytes(model):
@@ -106,7 +105,7 @@ def test_cpu_offload(case, plain, file, device, module_map, vram_limit):
         case.model_class,
         str(file),
         case.config,
-        module_map=module_map(plain),
+        module_map=module_map,
         vram_config=config,
         vram_limit=vram_limit,
     )
@@ -126,14 +125,14 @@ def round_trip(plain, managed, dtype):
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_fp8_storage(case, plain, file, device, module_map, offload, asks_for_stored_dtype):
+def test_fp8_storage(case, plain, file, device, module_map, offload):
     stored = (FP8, "cpu") if offload == "cpu" else "disk"
     config = settings(stored, stored, (FP8, device), (case.dtype, device))
     model = load_model(
         case.model_class,
         str(file),
         case.config,
-        module_map=module_map(plain),
+        module_map=module_map,
         vram_config=config,
         vram_limit=None,
     )
@@ -145,7 +144,7 @@ def test_fp8_storage(case, plain, file, device, module_map, offload, asks_for_st
 
 
 @pytest.mark.parametrize("room", ["none", "half", "all"])
-def test_dynamic_limit(case, plain, file, device, module_map, room, asks_for_stored_dtype):
+def test_dynamic_limit(case, plain, file, device, module_map, room):
     gc.collect()  # layers of earlier models count in the budget of the device for as long as they live
     # at rest in eight bits, so that staying ready to compute costs memory where the device is the CPU, too
     stored, compute = (FP8, "cpu"), (case.dtype, device)
@@ -155,7 +154,7 @@ def test_dynamic_limit(case, plain, file, device, module_map, room, asks_for_sto
         case.model_class,
         str(file),
         case.config,
-        module_map=module_map(plain),
+        module_map=module_map,
         vram_config=settings(stored, stored, compute, compute),
         vram_limit=limit / GIB,
     )
@@ -177,7 +176,7 @@ def test_disk_offload(case, plain, file, device, module_map, vram_limit):
         case.model_class,
         str(file),
         case.config,
-        module_map=module_map(plain),
+        module_map=module_map,
         vram_config=settings("disk", "disk", compute, compute),
         vram_limit=vram_limit,
     )
@@ -227,7 +226,7 @@ def test_management_after_loading(case, plain, file, device, module_map):
     model = load_model(case.model_class, str(file), case.config, torch_dtype=None, device="cpu")
     host, compute = (case.dtype, "cpu"), (case.dtype, device)
     config = settings(host, host, compute, compute)
-    assert enable_vram_management(model, module_map(plain), vram_config=config, vram_limit=0) is model
+    assert enable_vram_management(model, module_map, vram_config=config, vram_limit=0) is model
     assert_equal(case.call(model, device), case.call(plain.to(device), device))
 
 
@@ -247,7 +246,24 @@ def test_other_kinds_of_files(case, plain, device, module_map, tmp_path, kind):
         case.model_class,
         path,
         case.config,
-        module_map=module_map(plain),
+        module_map=module_map,
         vram_config=settings("disk", "disk", compute, compute),
+    )
+    assert_equal(case.call(model, device), case.call(plain.to(device), device))
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_file_in_another_dtype(case, plain, save, tmp_path, device, module_map, offload):
+    """Published checkpoints are often in single precision, and computed with in half."""
+    wide = with_dtype(copy.deepcopy(plain), torch.float64)
+    file = save(wide, tmp_path / "model.safetensors")
+    stored, compute = (case.dtype, "cpu") if offload == "cpu" else "disk", (case.dtype, device)
+    model = load_model(
+        case.model_class,
+        str(file),
+        case.config,
+        module_map=module_map,
+        vram_config=settings(stored, stored, compute, compute),
+        vram_limit=0,
     )
     assert_equal(case.call(model, device), case.call(plain.to(device), device))

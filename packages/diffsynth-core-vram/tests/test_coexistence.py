@@ -3,6 +3,7 @@
 Where it counts, pip itself installs and uninstalls, so that only their RECORD says what belongs to whom.
 """
 
+import importlib.metadata
 import os
 import textwrap
 
@@ -38,6 +39,17 @@ def assert_whole(environment, files):
 
 def assert_gone(environment, files):
     assert [path for path in files if (environment.site_packages / path).exists()] == []
+
+
+def test_wheel_as_built_holds_these_files(our_files):
+    try:
+        installed = importlib.metadata.distribution("diffsynth-core-vram")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the source tree")
+    if (installed.read_text("direct_url.json") or "").find('"editable": true') >= 0:
+        pytest.skip("an editable install has no files of its own")
+    paths = {path.as_posix() for path in installed.files if path.suffix != ".pyc"}
+    assert {path for path in paths if ".dist-info/" not in path} == our_files.keys()
 
 
 def test_distributions_share_no_file(our_files, real_files):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from offload_layers import Policy, enable_vram_management
+from offload_layers import AutoTorchModule, AutoWrappedNonRecurseModule, Policy, enable_vram_management
 from safemap import DiskMap
 from skipinit import skip_model_initialization
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ def load_model(
 
     def manage(source: Mapping[str, Tensor]) -> Model:
         managed = enable_vram_management(model, module_map or {}, vram_config or {}, vram_limit, source)
+        _cast_unmanaged(managed, policy.computation.dtype)
         return cast("Model", managed.eval())
 
     if policy.offload.is_disk:  # almost nothing is read now
@@ -119,3 +120,18 @@ def _assign(
             state[first] = tensor
         state[name] = state[first]
     model.load_state_dict(state, assign=True)
+
+
+def _cast_unmanaged(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give the parameters that no layer manages the dtype in which the layers around them compute."""
+    if dtype is None or dtype.itemsize == 1:  # nothing but a linear layer computes in eight bits
+        return
+    layers = [module for module in model.modules() if isinstance(module, AutoTorchModule)]
+    managed = {
+        parameter
+        for layer in layers
+        for parameter in layer.parameters(recurse=not isinstance(layer, AutoWrappedNonRecurseModule))
+    }
+    for parameter in model.parameters():
+        if parameter not in managed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
