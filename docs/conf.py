@@ -1,7 +1,6 @@
 """Sphinx builds these pages with ``nox -s docs``; every warning is an error there."""
 
 project = "Weights from disk to device"
-author = "the contributors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
@@ -13,3 +12,4 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "mixed"
+html_show_copyright = False
