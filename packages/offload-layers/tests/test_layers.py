@@ -382,6 +382,21 @@ def test_arguments_for_quantized_layers_are_ignored_by_others() -> None:
     AutoWrappedLinear(nn.Linear(2, 2), computation_device="cpu", quantize=None, metadata={})
 
 
+def test_what_is_left_of_a_model_leaves_the_budget_when_asked(
+    managed: Callable[..., nn.Module], x: Tensor
+) -> None:
+    model = managed()
+    model(x)
+    left = residencies(model)
+    budget = left[0].budget
+    before = budget.statistics().lent_nbytes
+    held = sum(residency.leased_nbytes for residency in left if residency.state is State.PREPARING)
+    del model
+    assert all(residency.try_demote() for residency in left)
+    assert budget.statistics().lent_nbytes <= before - held
+    assert sum(residency.leased_nbytes for residency in left) == 0
+
+
 def test_a_model_that_nobody_holds_is_freed_at_once(managed: Callable[..., nn.Module], x: Tensor) -> None:
     model = managed()
     model(x)

@@ -15,6 +15,7 @@ from offload_layers import (
     MissingTensorError,
     OffloadLayersError,
     ShapeMismatchError,
+    disable_vram_management,
     enable_vram_management,
     enable_vram_management_recursively,
     fill_vram_config,
@@ -132,6 +133,44 @@ def test_a_map_that_covers_nothing_is_reported(caplog: pytest.LogCaptureFixture)
             nn.Sequential(nn.ReLU()), {nn.Linear: AutoWrappedLinear}, {"computation_device": "cpu"}
         )
     assert "Sequential has no module of the classes in module_map (Linear)" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_giving_the_model_back(
+    make_skeleton: Make,
+    plain: nn.Module,
+    module_map: ModuleMap,
+    vram_config: Config,
+    x: Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    source = CountingSource(plain.cpu().state_dict())
+    model = manage(make_skeleton(), module_map, vram_config, source)
+    model(x)
+    assert disable_vram_management(model, device, dtype) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    for module, its_plain in zip(model.modules(), plain.modules(), strict=True):
+        assert module.__dict__.keys() <= its_plain.__dict__.keys()
+    if dtype is None:
+        assert torch.equal(model(x), plain.to(device)(x))
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == device.type, name
+        assert parameter.dtype is (dtype or torch.float32) or name in ("root", "rest.weight", "rest.bias")
+    assert not hasattr(model, "vram_management_enabled")
+    enable_vram_management(model, module_map, {"computation_device": device})
+
+
+def test_recurrent_layers_can_be_given_back(disk_config: Config) -> None:
+    config = {**disk_config, "computation_device": "cpu"}
+    plain = nn.LSTM(4, 3)
+    model = nn.Sequential(copy.deepcopy(plain))
+    manage(model, {nn.LSTM: AutoWrappedModule}, config, {f"0.{n}": t for n, t in plain.state_dict().items()})
+    disable_vram_management(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(model[0](x)[0], plain(x)[0])
+    model.double()
+    model[0](x.double())
 
 
 def refused(

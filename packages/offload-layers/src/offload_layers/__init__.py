@@ -17,6 +17,7 @@ from offload_layers._layers import (
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._placement import Placement, Policy
 from offload_layers._replace import (
+    disable_vram_management,
     enable_vram_management,
     enable_vram_management_recursively,
     fill_vram_config,
@@ -38,6 +39,7 @@ __all__ = [
     "Policy",
     "ShapeMismatchError",
     "State",
+    "disable_vram_management",
     "enable_vram_management",
     "enable_vram_management_recursively",
     "fill_vram_config",

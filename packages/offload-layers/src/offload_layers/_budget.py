@@ -2,8 +2,8 @@
 
 Bytes are borrowed before they are allocated. A layer that wants to *stay* on the device is refused when
 it does not fit; a layer that must *compute* is never refused, but others are asked to leave first. So
-room for the largest layer is always kept free of residents, and the limit holds while layers larger
-than the limit run alone.
+room for the largest layer and for the one that is fetched ahead is always kept free of residents, and the
+limit holds; layers larger than the limit run alone.
 
 Changing the books happens under one lock; moving tensors happens outside of it.
 """
@@ -20,15 +20,15 @@ import torch
 from offload_layers._device import Memory, memory_of
 from offload_layers._errors import BudgetError
 
+#: layers that pass through the device at once: one computes while the next is fetched
+IN_FLIGHT = 2
+
 
 class Borrower(Protocol):
     """A layer, as its budget sees it."""
 
     name: str
-
-    @property
-    def computation_nbytes(self) -> int:
-        """Bytes that the layer needs on the device while it computes."""
+    computation_nbytes: int  # what the layer needs on the device while it computes
 
     def try_demote(self) -> bool:
         """Leave the device now if that is possible without waiting; say whether it was done."""
@@ -116,6 +116,14 @@ class Budget:
         with self._lock:
             return self._lend(borrower, nbytes, is_resident=False)
 
+    def borrow_ahead(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease | None:
+        """Lend *nbytes* for a layer that will compute soon, or return None when they do not fit now."""
+        with self._lock:
+            self._collect()
+            if limit is not None and max(self._lent, self._in_use()) + nbytes > limit:
+                return None
+            return self._lend(borrower, nbytes, is_resident=False)
+
     def demote_all(self) -> int:
         """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""
         with self._lock:
@@ -150,7 +158,7 @@ class Budget:
     def _headroom(self) -> int:
         if self._largest[0] != len(self._borrowers):
             self._largest = (len(self._borrowers), max(b.computation_nbytes for b in self._borrowers))
-        return self._largest[1]
+        return IN_FLIGHT * self._largest[1]
 
     def _in_use(self) -> int:
         in_use = self._memory.in_use()

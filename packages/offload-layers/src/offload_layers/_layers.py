@@ -14,6 +14,7 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import manage
 from offload_layers._managed import Forward, ManagedModule, Offered
 from offload_layers._placement import GIB, Placement, Policy, parse_limit, parse_placement
+from offload_layers._prefetch import Prefetcher
 from offload_layers._state import State
 
 _IGNORED = frozenset({"quantize", "metadata"})  # passed to every layer, of use to quantized ones only
@@ -61,6 +62,7 @@ class AutoTorchModule(ManagedModule):
             limit; 0: nothing stays.
         name: Dotted name of the layer in the model, and prefix of its tensors in *disk_map*.
         disk_map: Mapping from names to tensors, e.g. ``safemap.DiskMap``.
+        prefetcher: Fetches ahead for all layers that were given the same one.
 
     Raises:
         ConfigError: a setting makes no sense, or the layer is managed already.
@@ -92,6 +94,7 @@ class AutoTorchModule(ManagedModule):
         vram_limit: float | None = None,
         name: str = "",
         disk_map: Mapping[str, Tensor] | None = None,
+        prefetcher: Prefetcher | None = None,
         **kwargs: object,
     ) -> Any:
         """Manage *module* and return it."""
@@ -111,7 +114,16 @@ class AutoTorchModule(ManagedModule):
         )
         limit = parse_limit(vram_limit)
         cls._check(module, policy)
-        manage(module, cls, policy, name=name, source=disk_map, limit=limit, recurse=cls._covers_children)
+        manage(
+            module,
+            cls,
+            policy,
+            name=name,
+            source=disk_map,
+            limit=limit,
+            recurse=cls._covers_children,
+            prefetcher=prefetcher,
+        )
         return module
 
     def __init__(self, *args: object, **kwargs: object) -> None:

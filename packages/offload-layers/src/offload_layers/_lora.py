@@ -28,6 +28,11 @@ class LoRAHotLoadMixin:
         self.lora_B_weights = []
         self.lora_merger = None
 
+    def end_lora_hotload(self) -> None:
+        """Drop all adapters, and the lists themselves."""
+        for name in ("lora_A_weights", "lora_B_weights", "lora_merger"):
+            delattr(self, name)
+
     def lora_forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Return *out* ``(..., out_features)`` with the adapters' outputs for *x* ``(..., in_features)``."""
         pairs = zip(self.lora_A_weights, self.lora_B_weights, strict=True)

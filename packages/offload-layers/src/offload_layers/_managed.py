@@ -237,3 +237,14 @@ def attach(module: nn.Module, residency: Residency, weights: dict[str, Weight]) 
     module.__dict__.update(_residency=residency, _weights=weights)
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
+
+
+def detach(module: ManagedModule) -> None:
+    """Give *module* its own class back; what it holds at rest is its own again."""
+    if isinstance(module, nn.RNNBase):
+        flat = [module._parameters.get(name) for name in module._flat_weights_names]
+    for name in ("_residency", "_weights"):
+        module.__dict__.pop(name)
+    module.__class__ = plain_class(type(module))  # type: ignore[assignment]
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = flat

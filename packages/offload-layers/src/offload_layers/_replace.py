@@ -4,13 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import ConfigError
 from offload_layers._layers import AutoTorchModule, AutoWrappedNonRecurseModule
+from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import load_unmanaged, unmanaged_on_meta
-from offload_layers._managed import ManagedModule
-from offload_layers._placement import Policy, check_config_keys, parse_limit
+from offload_layers._managed import ManagedModule, detach
+from offload_layers._placement import Placement, Policy, check_config_keys, parse_device, parse_limit
+from offload_layers._prefetch import Prefetcher
 from offload_layers._source import check_in_source, check_source, with_ties
 
 _log = logging.getLogger("offload_layers.replace")
@@ -71,6 +74,7 @@ def enable_vram_management(
             vram_limit=vram_limit,
             disk_map=source,
             quantize=quantize,
+            prefetcher=Prefetcher(),
             **kwargs,
         )
         if source is not None:
@@ -90,6 +94,7 @@ def enable_vram_management_recursively(
     name_prefix: str = "",
     disk_map: Mapping[str, Tensor] | None = None,
     quantize: Any = None,
+    prefetcher: Prefetcher | None = None,
     **kwargs: Any,
 ) -> None:
     """Manage the layers inside *model*, named *name_prefix*; see `enable_vram_management`."""
@@ -99,9 +104,8 @@ def enable_vram_management_recursively(
         name = f"{name_prefix}.{child_name}" if name_prefix else child_name
         target = _target(module, module_map)
         if target is not None:
-            layer = target(
-                module, **vram_config, vram_limit=vram_limit, name=name, disk_map=disk_map, **kwargs
-            )
+            more = kwargs | _if_ours(target, prefetcher=prefetcher)
+            layer = target(module, **vram_config, vram_limit=vram_limit, name=name, disk_map=disk_map, **more)
             if layer is not module:  # a layer class from elsewhere, which wraps in its own way
                 setattr(model, child_name, layer)
             if not isinstance(layer, AutoWrappedNonRecurseModule):
@@ -114,8 +118,45 @@ def enable_vram_management_recursively(
             name_prefix=name,
             disk_map=disk_map,
             quantize=quantize,
+            prefetcher=prefetcher,
             **kwargs,
         )
+
+
+def disable_vram_management(
+    model: nn.Module, device: str | int | torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Give *model* back plain: every layer has its own class again, and holds its weights itself.
+
+    Args:
+        model: A model, or a part of one, of which some layers are managed. Adapters that were added to
+            linear layers are dropped.
+        device: Where the weights go; by default each stays where it rests, and those on disk come to
+            host memory.
+        dtype: Their dtype; by default the one in which they are stored.
+
+    Returns:
+        *model*, without ``vram_management_enabled``.
+
+    Raises:
+        IllegalTransitionError: a layer is computing.
+        MissingTensorError: the source no longer has a tensor. The layers before it are plain.
+    """
+    placement = None
+    if device is not None or dtype is not None:
+        placement = Placement(parse_device("cpu" if device is None else device), dtype)
+    for module in list(model.modules()):
+        if isinstance(module, AutoTorchModule):
+            residency = module._owner()
+            residency.release(placement)
+            if isinstance(module, LoRAHotLoadMixin):
+                module.end_lora_hotload()
+            parts = list(module.modules()) if module._covers_children else [module]
+            for part in parts:
+                if isinstance(part, ManagedModule) and part._owner() is residency:
+                    detach(part)
+    model.__dict__.pop("vram_management_enabled", None)
+    return model
 
 
 def fill_vram_config(model: nn.Module, vram_config: Mapping[str, object]) -> dict[str, object]:
@@ -135,6 +176,11 @@ def fill_vram_config(model: nn.Module, vram_config: Mapping[str, object]) -> dic
 
 def _target(module: nn.Module, module_map: ModuleMap) -> Callable[..., nn.Module] | None:
     return next((target for source, target in module_map.items() if isinstance(module, source)), None)
+
+
+def _if_ours(target: object, **arguments: object) -> dict[str, object]:
+    """Return *arguments* for a layer class of this package, nothing for one from elsewhere."""
+    return arguments if isinstance(target, type) and issubclass(target, AutoTorchModule) else {}
 
 
 def _check_arguments(

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget, Lease, budget_of
+from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
-from offload_layers._source import Source
+from offload_layers._prefetch import Fetched, Prefetcher
+from offload_layers._source import ReadsAhead, Source
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack, version_of
 from offload_layers._transfer import parameter_like
@@ -37,6 +39,7 @@ class Residency:
         source: Where weights on disk are read from.
         limit: Bytes of the compute device that may be in use for this layer to become resident there.
         budget: The books of the compute device; by default those of this process.
+        prefetcher: Fetches ahead for the layers of the model; None: each layer fetches when it is called.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Residency:
         source: Source | None = None,
         limit: int | None = None,
         budget: Budget | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
@@ -59,13 +63,14 @@ class Residency:
         self.resident = False
         self.is_open = False
         self._budget = budget
+        self._prefetcher = prefetcher
         self._lock = threading.RLock()
         self._users = 0
         self._staged: Lease | None = None
         self._staged_differentiable = False
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
-        self.budget.register(self)
+        self._register_with_budget()
 
     @property
     def state(self) -> State:
@@ -76,13 +81,6 @@ class Residency:
     def budget(self) -> Budget:
         """The books of the device on which the layer computes."""
         return self._budget if self._budget is not None else budget_of(self.policy.computation.device)
-
-    @property
-    def computation_nbytes(self) -> int:
-        """Bytes that a staged copy takes; 0 for a layer that computes where it rests."""
-        if self.policy.computation in (self.policy.onload, self.policy.offload):
-            return 0
-        return sum(w.nbytes_in(self.policy.computation) for w in self.weights)
 
     @property
     def leased_nbytes(self) -> int:
@@ -124,6 +122,9 @@ class Residency:
         if not self._lock.acquire(blocking=False):
             return False
         try:
+            if any(weight.is_gone for weight in self.weights):
+                self._tiers.abandon()  # the model is garbage that was not collected yet
+                return True
             if self.state is not State.PREPARING or self._users:
                 return False
             self._drop_to(State.ONLOAD)
@@ -143,6 +144,8 @@ class Residency:
         """Go to OFFLOAD, and bring the buffers home."""
         with self._lock:
             self.move_to(State.OFFLOAD)
+            if self._prefetcher is not None:
+                self._prefetcher.forget()
             home = self.policy.offload.device
             if not self._users:
                 self._move_buffers(torch.device("cpu") if home.type == "meta" else home)
@@ -156,7 +159,7 @@ class Residency:
                 if not policy.offload.is_disk:
                     self._tiers.rehome([w.copy_to(policy.offload, self.source) for w in self.weights])
                 self.policy = policy
-                self.budget.register(self)
+                self._register_with_budget()
 
     # -- computing ----------------------------------------------------------------------------------
 
@@ -170,8 +173,12 @@ class Residency:
                 self.try_prepare()
             if not self.resident:
                 differentiable = self._wants_gradients()
+                if self._staged is None and not differentiable and self._prefetcher is not None:
+                    self._use(self._prefetcher.take(self))
                 if self._staged is None or (differentiable and not self._staged_differentiable):
                     self._stage(differentiable)
+                if self._prefetcher is not None:
+                    self._prefetcher.start_after(self)
             self._users += 1
 
     def leave(self) -> None:
@@ -192,6 +199,30 @@ class Residency:
                 return exposed
             placement = self.policy.computation
             return weight.computable(placement, self.source, differentiable=self._wants_gradients())
+
+    # -- being fetched ahead: read by the prefetcher without this layer's lock -----------------------
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes that a staged copy takes now; 0 if the layer is resident or would be changed by it."""
+        if self.resident or self._staged is not None or self.state is State.OFFLOAD:
+            return 0
+        return self._new_nbytes(self.policy.computation)
+
+    def lease_ahead(self) -> Lease | None:
+        """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
+        return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+
+    def at_rest(self) -> list[tuple[nn.Parameter, int]]:
+        """Return the parameters that a staged copy is made from, with their counts of in-place changes."""
+        return [(w.registered, version_of(w.registered)) for w in self.weights]
+
+    def fetch(self) -> list[Tensor]:
+        """Return the weights in the computation placement, without gradients."""
+        placement, source = self.policy.computation, self.source
+        if isinstance(source, ReadsAhead):
+            source.prefetch([w.name for w in self.weights if w.registered.is_meta])
+        return [weight.computable(placement, source, differentiable=False) for weight in self.weights]
 
     # -- values -------------------------------------------------------------------------------------
 
@@ -240,6 +271,28 @@ class Residency:
                 self._tiers.forget(weight)
                 self.weights.remove(weight)
 
+    def release(self, placement: Placement | None) -> None:
+        """Let the model hold its values as ordinary parameters, in *placement* or where they rest; then end.
+
+        What is on disk comes to host memory if no placement is given.
+        """
+        with self._lock:
+            if self._users:
+                raise IllegalTransitionError(f'layer "{self.name}" is computing and cannot be given back now')
+            self._drop_to(State.OFFLOAD)
+            plain = []
+            for weight in self.weights:
+                there = placement or Placement(
+                    torch.device("cpu") if weight.registered.is_meta else weight.registered.device
+                )
+                plain.append(weight.copy_to(there, self.source))
+            self._hide()
+            self._tiers.rehome(plain)
+            if placement is not None:
+                self._move_buffers(placement.device)
+            if self._prefetcher is not None:
+                self._prefetcher.forget()
+
     # -- the mechanism ------------------------------------------------------------------------------
 
     @contextmanager
@@ -253,6 +306,13 @@ class Residency:
         finally:
             self._expose_if_resident()
             self.climb_to(state)
+
+    def _register_with_budget(self) -> None:
+        # a number, since the budget may ask when the model is gone; 0 if the layer computes where it rests
+        computation = self.policy.computation
+        moves = computation not in (self.policy.onload, self.policy.offload)
+        self.computation_nbytes = sum(w.nbytes_in(computation) for w in self.weights) if moves else 0
+        self.budget.register(self)
 
     def _settle(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Make *parameter* the values at rest of *weight*, in the OFFLOAD placement unless that is disk."""
@@ -308,6 +368,13 @@ class Residency:
             weight.stage(tensor)
         self._staged_differentiable = differentiable
 
+    def _use(self, fetched: Fetched | None) -> None:
+        """Take what was fetched ahead as the staged copy."""
+        if fetched is not None:
+            for weight, tensor in zip(self.weights, fetched.tensors, strict=True):
+                weight.stage(tensor)
+            self._staged, self._staged_differentiable = fetched.lease, False
+
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)
 
@@ -341,6 +408,7 @@ class Residency:
                 source=self.source,
                 limit=self.limit,
                 budget=self._budget,
+                prefetcher=self._prefetcher and memo.setdefault(id(self._prefetcher), Prefetcher()),
             )
             new.climb_to(min(state, State.ONLOAD, key=_HEIGHT.__getitem__))
             return new

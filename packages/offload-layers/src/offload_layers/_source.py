@@ -24,6 +24,14 @@ class DescribesTensors(Protocol):
         """Return an object with ``dtype`` and ``shape``."""
 
 
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can bring tensors closer before they are asked for."""
+
+    def prefetch(self, names: list[str], /) -> None:
+        """Begin to read *names*."""
+
+
 def check_source(source: object) -> Source | None:
     """Return *source* if weights can be read from it."""
     if source is None or isinstance(source, Mapping):

@@ -107,6 +107,13 @@ class TierStack:
         for tier in self._tiers:
             del tier.parameters[index : index + 1], tier.versions[index : index + 1]
 
+    def abandon(self) -> None:
+        """Give all borrowed bytes back and drop all copies; nothing is left to be used."""
+        while len(self._tiers) > 1:
+            tier = self._tiers.pop()
+            if tier.lease is not None:
+                tier.lease.give_back()
+
     def _register(self, parameters: list[nn.Parameter]) -> None:
         for weight, parameter in zip(self._weights, parameters, strict=True):
             trains = weight.registered.requires_grad  # requires_grad_() reaches what is registered only

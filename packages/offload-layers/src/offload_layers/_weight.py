@@ -31,6 +31,11 @@ class Slot:
         assert module is not None, f"the module that held {self.name!r} is gone"
         return module
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the module is garbage."""
+        return self._module() is None
+
 
 class Weight:
     """A parameter that a residency owns: its name in the source and its slots in the model."""
@@ -52,6 +57,11 @@ class Weight:
         parameter = slot.module._parameters[slot.name]
         assert parameter is not None, self.name
         return parameter
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the model that held the weight is garbage."""
+        return any(slot.is_gone for slot in self.slots)
 
     @property
     def exposed(self) -> Tensor | None:

@@ -1,0 +1,284 @@
+"""Fetching ahead: the order is learned, the bytes are bounded, and nothing stale is ever used."""
+
+import copy
+import gc
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import AutoWrappedLinear, enable_vram_management
+from offload_layers._order import ExecutionOrder
+from offload_layers._prefetch import Prefetcher
+from offload_layers.testing import CountingSource, residencies
+from torch import Tensor, nn
+
+LAYERS = 6
+RESTING = ("offload", "onload", "preparing")
+DISK: dict[str, Any] = {
+    **{f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")},
+    "computation_dtype": torch.float32,
+    "computation_device": "cpu",
+}
+
+
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def learn(order: "ExecutionOrder[Named]", path: list[Named]) -> None:
+    for layer in path:
+        order.saw(layer)
+
+
+def names(order: "ExecutionOrder[Named]") -> str:
+    return "".join(layer.name for layer in order.upcoming())
+
+
+class TestExecutionOrder:
+    @pytest.fixture
+    def layers(self) -> dict[str, Named]:
+        return {name: Named(name) for name in "abcdn"}
+
+    def test_nothing_is_known_at_first(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        assert names(order) == ""
+        learn(order, [layers["a"]])
+        assert names(order) == ""
+
+    def test_one_forward_predicts_the_next(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        learn(order, [layers[n] for n in "abcda"])
+        assert names(order) == "bcda"
+
+    def test_a_layer_that_is_called_twice(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        learn(order, [layers[n] for n in "anbncnanbn"])
+        assert names(order).startswith("cnanbn")
+
+    def test_the_latest_path_counts(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        learn(order, [layers[n] for n in "abcabdab"])
+        assert names(order).startswith("da")
+
+    def test_layers_that_are_gone_end_the_prediction(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        learn(order, [layers[n] for n in "abcda"])
+        del layers["c"]
+        gc.collect()
+        assert names(order) == "b"
+
+    def test_threads_have_places_of_their_own(self, layers: dict[str, Named]) -> None:
+        order: ExecutionOrder[Named] = ExecutionOrder()
+        learn(order, [layers[n] for n in "abcda"])
+        seen = []
+
+        def run() -> None:
+            seen.append(names(order))
+            learn(order, [layers["c"]])
+            seen.append(names(order))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert seen == ["", "dabc"]
+        assert names(order) == "bcda"
+
+
+class Gate(CountingSource):
+    """A source that tells which thread reads, and lets the reader thread wait until it may go on."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.ahead: list[str] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if threading.current_thread().name.startswith("offload-layers-reader"):
+            self.ahead.append(name)
+            assert self.open.wait(20)
+        return super().__getitem__(name)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(LAYERS)))
+
+
+@pytest.fixture
+def source() -> Gate:
+    return Gate(plain().state_dict())
+
+
+@pytest.fixture
+def model(source: Gate) -> nn.Module:
+    return enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def prefetcher(model: nn.Module) -> Prefetcher:
+    found = residencies(model)[0]._prefetcher
+    assert found is not None
+    return found
+
+
+def settle(model: nn.Module) -> None:
+    """Wait until the reader thread has nothing more to do."""
+    for job in list(prefetcher(model)._jobs.values()):
+        job.future.result()
+
+
+def test_the_second_forward_finds_its_weights_ready(model: nn.Module, source: Gate) -> None:
+    expected = plain()(X)
+    assert torch.equal(model(X), expected)
+    assert source.ahead == []
+    for _ in range(3):
+        assert torch.equal(model(X), expected)
+    settle(model)
+    assert len(source.ahead) >= 2 * LAYERS
+    statistics = prefetcher(model).statistics()
+    assert statistics.hits + statistics.waits >= 2 * LAYERS
+
+
+def test_never_more_than_two_of_the_largest_layers_are_ahead(model: nn.Module, source: Gate) -> None:
+    largest = 8 * 8 * 4
+    lent = []
+    for layer in model:
+        layer.register_forward_hook(
+            lambda *_: lent.append(sum(j.lease.nbytes for j in prefetcher(model)._jobs.values()))
+        )
+    for _ in range(3):
+        model(X)
+    assert max(lent) == 2 * largest
+
+
+def test_a_limit_bounds_what_is_ahead(source: Gate) -> None:
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, 0, source)
+    for _ in range(3):
+        assert torch.equal(model(X), plain()(X))
+    assert source.ahead == []
+
+
+def test_offload_drops_what_was_fetched(model: nn.Module) -> None:
+    for _ in range(2):
+        model(X)
+    budget = residencies(model)[0].budget
+    settle(model)
+    before = budget.statistics().lent_nbytes
+    assert prefetcher(model)._jobs
+    model[0].offload()
+    assert not prefetcher(model)._jobs
+    assert budget.statistics().lent_nbytes == before - 2 * 8 * 8 * 4
+
+
+def test_weights_that_were_replaced_meanwhile_are_not_used_stale(model: nn.Module, source: Gate) -> None:
+    model(X)
+    model(X)
+    settle(model)
+    fetched = [name for name in source.ahead if name == "0.weight"]
+    assert fetched
+    new = {f"{i}.weight": torch.randn(8, 8) for i in range(LAYERS)}
+    model.load_state_dict(new)
+    oracle = plain()
+    oracle.load_state_dict(new)
+    assert torch.equal(model(X), oracle(X))
+
+
+def test_in_place_changes_of_host_weights_are_seen() -> None:
+    stored = {f"{role}_dtype": torch.float64 for role in RESTING}
+    config = {**stored, "computation_dtype": torch.float32, "computation_device": "cpu"}
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, config)
+    with torch.no_grad():
+        for _ in range(3):
+            model(X)
+            settle(model)
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    oracle = plain()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.mul_(0.125)
+        assert torch.equal(model(X), oracle(X))
+
+
+def test_another_order_costs_time_and_nothing_else(model: nn.Module) -> None:
+    weights = plain()
+    for _ in range(2):
+        model(X)
+    for path in ([5, 4, 3, 2, 1, 0], [0, 0, 1, 1, 0], [2, 2, 2, 5], list(range(LAYERS))):
+        x = y = X
+        for index in path:
+            x, y = model[index](x), weights[index](y)
+        assert torch.equal(x, y)
+
+
+def test_a_failure_of_the_reader_is_raised_by_the_layer_that_needs_the_weights(
+    model: nn.Module, source: Gate
+) -> None:
+    for _ in range(2):
+        model(X)
+    source.failing = {"3.weight"}
+    with pytest.raises(OSError, match=r"3\.weight: the disk is gone"):
+        model(X)
+    source.failing = set()
+    assert torch.equal(model(X), plain()(X))
+
+
+def test_a_layer_waits_for_weights_that_are_on_their_way(model: nn.Module, source: Gate) -> None:
+    for _ in range(2):
+        model(X)
+    settle(model)
+    source.open.clear()
+    model[0](X)  # its weights were ready; from here on the reader waits at the gate
+    waits = prefetcher(model).statistics().waits
+    opener = threading.Timer(0, source.open.set)
+    results = []
+    runner = threading.Thread(target=lambda: results.append(model(X)))
+    runner.start()
+    opener.start()
+    runner.join()
+    assert torch.equal(results[0], plain()(X))
+    assert prefetcher(model).statistics().waits >= waits
+
+
+def test_the_reader_thread_ends_with_the_model(source: Gate) -> None:
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    for _ in range(2):
+        model(X)
+    executor = prefetcher(model)._executor
+    assert executor is not None
+    (thread,) = executor._threads
+    settle(model)
+    del model, executor
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_reads_by_itself(model: nn.Module) -> None:
+    for _ in range(2):
+        model(X)
+    settle(model)
+    expected = plain()(X)
+    pid = os.fork()
+    if pid == 0:  # pragma: no cover - runs in another process
+        status = 1
+        try:
+            status = int(not all(torch.equal(model(X), expected) for _ in range(3)))
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_copies_of_a_model_fetch_for_themselves(model: nn.Module, source: Gate) -> None:
+    twin = copy.deepcopy(model)
+    assert prefetcher(twin) is not prefetcher(model)
+    assert {id(r._prefetcher) for r in residencies(twin)} == {id(prefetcher(twin))}
