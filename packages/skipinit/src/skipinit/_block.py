@@ -58,8 +58,12 @@ class Block:
         _entered.set(self)
         _push_mode(self._mode)
 
-    def close(self) -> None:
-        """End the block: no pending tensor outlives it, except parameters on the meta device."""
+    def close(self, *, failed: bool) -> None:
+        """End the block: no pending tensor outlives it, except parameters on the meta device.
+
+        Args:
+            failed: An exception ends the block; what has no value then does not matter.
+        """
         self.depth = 0
         _entered.set(self._outer)
         above = []  # blocks of other tasks on this thread may have been entered later and be open still
@@ -67,7 +71,8 @@ class Block:
             above.append(_pop_mode())
         for mode in reversed(above[:-1]):
             _push_mode(mode)
-        with torch._C.DisableTorchFunction():
+        ignored = PendingValueError if failed else ()
+        with torch._C.DisableTorchFunction(), contextlib.suppress(ignored):
             self._give_values()
             self._place_parameters()
 

@@ -56,6 +56,7 @@ class Calls:
             if result is not NotImplemented:
                 return result
         elif function == SET_DATA and arguments[0].is_meta:
+            self.log.sort()
             target, data = arguments
             alias = data.detach()
             become(target, alias)
@@ -86,12 +87,13 @@ class Calls:
         """The pending result of a call on pending tensors; NotImplemented if the values are needed."""
         name, first = function.__name__, pending[0]
         device = self.log.device_of(first) or CPU
-        overwrites = name in INITIALIZERS or name in ELEMENTWISE_IN_PLACE
+        is_initializer = name in INITIALIZERS and function is not getattr(Tensor, name, None)
+        overwrites = is_initializer or name in ELEMENTWISE_IN_PLACE
         if (
             name == "__deepcopy__"
             or any(self.log.has_value(tensor) for tensor in pending)
             or (name in RANDOM and (not overwrites or self.log.streams.seeded_inside()))
-            or (torch.is_grad_enabled() and name not in INITIALIZERS and function not in UNTRACKED
+            or (torch.is_grad_enabled() and not is_initializer and function not in UNTRACKED
                 and any(tensor.requires_grad for tensor in pending))
             or any(self.log.device_of(tensor) != device for tensor in pending)
         ):  # fmt: skip
@@ -148,6 +150,7 @@ class Calls:
         """Run the call on the meta tensors, to learn the shape of its result and what it shares storage with."""
         if torch.is_autocast_enabled() or torch._C._len_torch_dispatch_stack():
             return NotImplemented
+        self.log.sort()  # the call may change which storage a tensor has
         as_it_was = self.log.snapshot(arguments, keywords)
         given = {id(tensor) for tensor in tensors_in((tuple(arguments), keywords))}
         try:

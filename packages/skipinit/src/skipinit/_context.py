@@ -66,7 +66,7 @@ class skip_model_initialization:  # noqa: N801 (a name that users of DiffSynth-S
         if block.depth > 1:
             block.depth -= 1
         else:
-            block.close()
+            block.close(failed=kind is not None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Run every call of *function* in a block."""

@@ -95,14 +95,19 @@ def replace(values: Any, change: Callable[[Any], Any]) -> Any:
 
 def become(tensor: Tensor, other: Tensor) -> None:
     """Give *tensor*, which stays the same Python object, the data and device of *other*, and *other* its old ones."""
-    if tensor._use_count() > 1:  # type: ignore[attr-defined]
+    is_held = tensor._use_count() > 1  # type: ignore[attr-defined]
+    if not is_held:
+        other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+        try:
+            torch._C._swap_tensor_impl(tensor, other)
+        except RuntimeError:
+            is_held = True
+    if is_held:
         raise PendingValueError(
             f"a tensor of shape {tuple(tensor.shape)} made inside skip_model_initialization() is held by C++ code "
-            "(TorchScript, or an autograd graph), which would not see its new storage.\n"
+            "(TorchScript, torch.func, or an autograd graph), which would not see its new storage.\n"
             "    Register it as a buffer first, or make it before the block."
         )
-    other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
-    torch._C._swap_tensor_impl(tensor, other)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # autograd knew them by the old data
         if getattr(tensor, hooks, None):
             setattr(tensor, hooks, getattr(tensor, hooks))
@@ -113,7 +118,7 @@ class Log:
 
     def __init__(self, streams: Streams) -> None:
         self.births: list[tuple[Tensor, Function, torch.device]] = []
-        self.writes: list[tuple[Function, tuple[Any, ...], dict[str, Any]] | Operation] = []
+        self.writes: list[tuple[Function, Any, dict[str, Any], int] | Operation] = []
         self.values: dict[int, torch.UntypedStorage] = {}
         self.born: set[int] = set()  # addresses of the real storages that the block made
         # Results, views and replaced data: kept, like the births, so that no storage address is used twice.
@@ -209,10 +214,15 @@ class Log:
             if isinstance(write, Operation):
                 self._add(write)
                 continue
-            function, arguments, keywords = write
-            device = self.device_of(tensors_in((arguments, keywords))[0])
-            if device is not None:  # else the user's own meta tensor
-                self._add(self._operation(function, arguments, keywords, [], device))
+            function, arguments, keywords, storage = write
+            device = self._devices.get(storage)
+            if device is None:  # the user's own meta tensor
+                continue
+            target = tensors_in((arguments, keywords))[0]
+            if storage_address(target) != storage:  # torch.utils.swap_tensors: it has become another one since
+                born = self._operations[storage][0].outputs[0]
+                arguments, keywords = replace((arguments, keywords), lambda _, born=born: born)
+            self._add(self._operation(function, arguments, keywords, [], device))
 
     def _add(self, operation: Operation) -> None:
         operation.order = self._count

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ._calls import Calls
-from ._log import CPU, META
+from ._log import CPU, META, storage_address
 from ._vocabulary import DEFERRABLE_ARGUMENTS, KINDS, LIKE, PLAIN, Function, Kind
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class BlockMode(TorchFunctionMode):
         elif kind is INITIALIZER or kind is FILL:
             target = arguments[0] if arguments else keywords.get("tensor")
             if self._may_be_noted(kind, function, target) and _all_plain(arguments, keywords, target):
-                self.log.writes.append((function, tuple(arguments), keywords))
+                self.log.writes.append((function, arguments, keywords, storage_address(target)))
                 return target
         elif kind is DEVICE:
             return self._device_question(function, arguments)

@@ -1,0 +1,101 @@
+"""What ends as a parameter is neither stored nor computed: the shapes here need terabytes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from skipinit import skip_model_initialization
+from torch import Tensor, nn
+
+HUGE = 1_000_000  # squared, in float32: 4 TB
+
+VALUES: dict[str, Callable[[], Tensor]] = {
+    "empty": lambda: torch.empty(HUGE, HUGE),
+    "randn": lambda: torch.randn(HUGE, HUGE),
+    "rand_of_a_tuple": lambda: torch.rand((HUGE, HUGE), dtype=torch.bfloat16),
+    "full": lambda: torch.full((HUGE, HUGE), 0.5),
+    "scaled": lambda: torch.randn(HUGE, HUGE) / HUGE**0.5,
+    "scaled_and_shifted": lambda: 0.02 * torch.randn(HUGE, HUGE) + 1,
+    "turned": lambda: torch.randn(HUGE, HUGE).t(),
+    "cast": lambda: torch.randn(HUGE, HUGE).to(torch.float16),
+    "moved": lambda: torch.randn(HUGE, HUGE).to("cpu", torch.float16),
+    "filled": lambda: torch.zeros(HUGE, HUGE).normal_(std=0.02),
+    "joined": lambda: torch.cat([torch.zeros(1, HUGE), torch.randn(HUGE, HUGE)]),
+    "like": lambda: torch.zeros_like(torch.randn(HUGE, HUGE)),
+    "new": lambda: torch.empty(0, 1).new_zeros(2, 2) if False else torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE),
+}
+
+INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform_": nn.init.uniform_,
+    "normal_": nn.init.normal_,
+    "constant_": lambda tensor: nn.init.constant_(tensor, 0.3),
+    "ones_": nn.init.ones_,
+    "zeros_": nn.init.zeros_,
+    "xavier_uniform_": nn.init.xavier_uniform_,
+    "xavier_normal_": nn.init.xavier_normal_,
+    "kaiming_uniform_": nn.init.kaiming_uniform_,
+    "kaiming_normal_": nn.init.kaiming_normal_,
+    "trunc_normal_": lambda tensor: nn.init.trunc_normal_(tensor, std=0.02),
+    "orthogonal_": nn.init.orthogonal_,
+    "data.normal_": lambda tensor: tensor.data.normal_(),
+    "data_of_a_row": lambda tensor: tensor.data[0].zero_(),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value_of_a_parameter_is_not_computed(name: str) -> None:
+    model = nn.Module()
+    with skip_model_initialization():
+        model.weight = nn.Parameter(VALUES[name]())
+    assert model.weight.is_meta
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initializer_of_a_parameter_is_not_computed(name: str) -> None:
+    model = nn.Module()
+    with skip_model_initialization():
+        model.weight = nn.Parameter(torch.empty(HUGE, HUGE))
+        INITIALIZERS[name](model.weight)
+    assert model.weight.is_meta
+
+
+def test_layers_of_any_size_are_built() -> None:
+    with skip_model_initialization():
+        model = nn.ModuleList([nn.Linear(HUGE, HUGE), nn.Embedding(HUGE, HUGE, padding_idx=0), nn.LSTM(HUGE, HUGE)])
+        attention = nn.MultiheadAttention(HUGE, 2)
+        normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(HUGE, HUGE))
+        converted = nn.Linear(HUGE, HUGE).to(torch.bfloat16)
+    for built in (model, attention, normed, converted):
+        assert all(parameter.is_meta for parameter in built.parameters())
+
+
+def test_initializers_give_their_distribution_when_the_value_is_read() -> None:
+    with skip_model_initialization():
+        weight = nn.Parameter(torch.empty(200, 200))
+        nn.init.trunc_normal_(weight, mean=3.0, std=0.5, a=2.5, b=3.5)
+        assert 2.5 <= float(weight.detach().min()) < float(weight.detach().max()) <= 3.5
+        square = nn.init.orthogonal_(torch.empty(20, 20))
+        half = nn.init.sparse_(torch.empty(10, 10), sparsity=0.5)
+    torch.testing.assert_close(square @ square.T, torch.eye(20), atol=1e-5, rtol=0)
+    assert int((half == 0).sum()) == 50
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: nn.init.kaiming_uniform_(nn.Parameter(torch.empty(3))),
+        lambda: nn.init.xavier_uniform_(nn.Parameter(torch.empty(3))),
+        lambda: nn.Parameter(torch.zeros(3)).normal_(),
+        lambda: nn.Parameter(torch.zeros(3, dtype=torch.int64)),
+        lambda: torch.randn(3, dtype=torch.int64),
+        lambda: torch.ones(2, 3) @ torch.ones(2, 3),
+        lambda: torch.empty(3, device="nonsense"),
+        lambda: torch.zeros(2).view(3),
+    ],
+)
+def test_mistakes_raise_what_they_raise_plainly(wrong: Callable[[], object]) -> None:
+    with pytest.raises(Exception) as plain:
+        wrong()
+    with skip_model_initialization(), pytest.raises(type(plain.value)) as mine:
+        wrong()
+    assert str(mine.value) == str(plain.value)
