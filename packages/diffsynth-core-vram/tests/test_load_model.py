@@ -11,6 +11,7 @@ from diffsynth_core_vram import (
     CheckpointMismatchError,
     load_model,
 )
+from safemap import ConverterError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -152,6 +153,24 @@ def test_converter(plain, state, tmp_path, where):
     path = str(tmp_path / "model.safetensors")
     model = load_model(Net, path, torch_dtype=None, state_dict_converter=without_prefix, **managed)
     assert torch.equal(model(X), plain(X))
+
+
+def test_converter_that_computes(plain, state, tmp_path):
+    halves = state.pop("scale").chunk(2)
+    save_file(
+        state | {"scale.0": halves[0].clone(), "scale.1": halves[1].clone()}, tmp_path / "model.safetensors"
+    )
+
+    def joined(checkpoint):
+        rest = {name: checkpoint[name] for name in checkpoint if not name.startswith("scale.")}
+        return rest | {"scale": torch.cat([checkpoint["scale.0"], checkpoint["scale.1"]])}
+
+    path = str(tmp_path / "model.safetensors")
+    for managed in ({}, {"module_map": LAYERS, "vram_config": everywhere("cpu")}):
+        model = load_model(Net, path, torch_dtype=None, state_dict_converter=joined, **managed)
+        assert torch.equal(model(X), plain(X))
+    with pytest.raises(ConverterError, match="joined failed on names"):
+        load_model(Net, path, state_dict_converter=joined, module_map=LAYERS, vram_config=everywhere("disk"))
 
 
 def test_converter_of_a_state_dict(plain, state):

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from offload_layers import AutoTorchModule, AutoWrappedNonRecurseModule, Policy, enable_vram_management
-from safemap import DiskMap
+from safemap import ConverterError, DiskMap
 from skipinit import skip_model_initialization
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from diffsynth_core_vram._fit import check_fit, tie_aliases
 from diffsynth_core_vram._progress import Watched
 
 Model = TypeVar("Model", bound=nn.Module)
+StateDictConverter = Callable[[Any], Mapping[str, Any]]
 
 
 def load_model(
@@ -21,7 +22,7 @@ def load_model(
     config: Mapping[str, Any] | None = None,
     torch_dtype: torch.dtype | None = torch.bfloat16,
     device: str | torch.device = "cpu",
-    state_dict_converter: Callable[[Any], Mapping[str, Any]] | None = None,
+    state_dict_converter: StateDictConverter | None = None,
     use_disk_map: bool = False,
     module_map: Mapping[type[nn.Module], Callable[..., nn.Module]] | None = None,
     vram_config: Mapping[str, Any] | None = None,
@@ -41,8 +42,10 @@ def load_model(
         torch_dtype: Dtype of the model; None keeps the dtypes of the checkpoint.  As with ``Module.to``,
             integers keep theirs.  Without effect on a managed model.
         device: Where the model is.  Without effect on a managed model.
-        state_dict_converter: Called with the checkpoint as a mapping from names to tensors; returns a mapping
-            in the names of the model.
+        state_dict_converter: Called with the checkpoint as a mapping; returns a mapping in the names of the
+            model.  One that only renames, drops and repeats tensors is called with their names, and costs
+            nothing.  One that computes with tensors is called with a lazy mapping to them, and what it
+            returns is in memory beside the model; it cannot be used with layers that stay on disk.
         use_disk_map: Accepted for compatibility: files are always read lazily.
         module_map: Class of module -> ``AutoWrappedLinear`` or a relative.  With it the model is managed:
             *vram_config* says where its layers are, and in which dtypes.
@@ -75,10 +78,11 @@ def load_model(
     with skip_model_initialization():
         model = model_class(**(config or {}))
     source: Mapping[str, Tensor]
-    if state_dict is None:
-        source = DiskMap(path, device if policy is None else "cpu", state_dict_converter=state_dict_converter)
-    else:
+    if state_dict is not None:
         source = state_dict if state_dict_converter is None else state_dict_converter(state_dict)
+    else:
+        stays_on_disk = policy is not None and policy.offload.is_disk
+        source = _open(path, device if policy is None else "cpu", state_dict_converter, stays_on_disk)
     aliases = tie_aliases(model, source)
     check_fit(model, source, aliases)
 
@@ -97,6 +101,18 @@ def load_model(
         return manage(source)
     with Watched(source, f"Loading {type(model).__name__}") as watched:
         return manage(watched)
+
+
+def _open(
+    path: Any, device: str | torch.device, converter: StateDictConverter | None, stays_on_disk: bool
+) -> Mapping[str, Tensor]:
+    """Return the checkpoint in the names of the model."""
+    try:
+        return DiskMap(path, device, state_dict_converter=converter)
+    except ConverterError:  # it computes with tensors
+        if converter is None or stays_on_disk:
+            raise
+        return converter(DiskMap(path, device))
 
 
 def _assign(

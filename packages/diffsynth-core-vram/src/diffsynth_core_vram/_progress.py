@@ -23,7 +23,7 @@ class Watched(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._source[name]
         if self._bar is not None and isinstance(tensor, Tensor):
-            self._bar.update(self._nbytes(name))
+            self._bar.update(tensor.nbytes)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -40,13 +40,10 @@ class Watched(Mapping[str, Tensor]):
         info = getattr(self._source, "info", None)
         return self._source[name] if info is None else info(name)
 
-    def _nbytes(self, name: str) -> int:
-        return int(getattr(self.info(name), "nbytes", 0))
-
     def __enter__(self) -> "Watched":
         self._bar = tqdm(
             desc=self._title,
-            total=sum(self._nbytes(name) for name in self._source),
+            total=sum(int(getattr(self.info(name), "nbytes", 0)) for name in self._source),
             unit="B",
             unit_scale=True,
             disable=not sys.stderr.isatty(),
