@@ -22,6 +22,7 @@ from offload_layers._source import ReadsAhead, Source
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack, version_of
 from offload_layers._transfer import parameter_like
+from offload_layers._uncompiled import uncompiled
 from offload_layers._weight import Slot, Weight
 
 _HEIGHT = {State.OFFLOAD: 1, State.ONLOAD: 2, State.PREPARING: 3}
@@ -163,6 +164,7 @@ class Residency:
 
     # -- computing ----------------------------------------------------------------------------------
 
+    @uncompiled
     def enter(self) -> None:
         """Make the weights readable in the computation placement until ``leave``."""
         with self._lock:
@@ -181,6 +183,7 @@ class Residency:
                     self._prefetcher.start_after(self)
             self._users += 1
 
+    @uncompiled
     def leave(self) -> None:
         """End what ``enter`` began."""
         with self._lock:
@@ -191,6 +194,7 @@ class Residency:
                 self._staged.give_back()
                 self._staged = None
 
+    @uncompiled
     def read(self, weight: Weight) -> Tensor:
         """Return one weight as the layer would compute with it, for code that reads it from outside."""
         with self._lock:

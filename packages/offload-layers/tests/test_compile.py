@@ -1,0 +1,47 @@
+"""``torch.compile`` on managed models: equal results, and whole graphs where nothing has to be moved."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import AutoWrappedLinear, enable_vram_management
+from torch import nn
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.version_info >= (3, 14), reason="the compiler may not support this Python yet"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+RESTING = ("offload", "onload", "preparing")
+CPU: dict[str, Any] = {"computation_device": "cpu", "computation_dtype": torch.float32}
+DISK = {f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")} | CPU
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("config", [CPU, DISK], ids=["resident", "disk"])
+def test_results_are_equal(config: dict[str, Any]) -> None:
+    source = dict(plain().state_dict()) if config is DISK else None
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, config, None, source)
+    compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 8)
+    for _ in range(3):
+        assert torch.equal(compiled(x), plain()(x))
+
+
+def test_a_resident_model_is_one_graph() -> None:
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, CPU)
+    compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 8)
+    assert torch.equal(compiled(x), plain()(x))
