@@ -1,0 +1,310 @@
+"""``DiskMap``: a checkpoint as a mapping from names to tensors, each read when it is asked for."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safemap._buffers import BufferPool
+from safemap._contents import Stored, map_leaves
+from safemap._converter import StateDictConverter, rename
+from safemap._errors import ClosedMapError, FileChangedError, MissingTensorError
+from safemap._file import Identity
+from safemap._index import Index, OnDuplicate, build_index, searched
+from safemap._layout import Entry, TensorInfo
+from safemap._parallel import default_threads
+from safemap._paths import PathLike, find_files
+from safemap._prefetch import prefetch
+from safemap._read import Reader, Target
+from safemap._slice import Cuts, TensorSlice
+
+_SUGGEST_AMONG = 20_000  # names; beyond that looking for similar ones takes seconds
+
+
+class DiskMap(Mapping[str, Tensor]):
+    """A checkpoint as a read-only mapping from names to tensors.
+
+    Opening reads the headers; a tensor is read when it is asked for, into memory of its own, and forgotten.
+    So ``map[name]`` twice gives two tensors, and changing one changes neither the other nor the file.
+
+    Args:
+        path: A file (safetensors, or ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` of torch), a ``*.index.json``, a
+            folder, a glob pattern, or a list of those.
+        device: Where tensors go: a name, an index or a ``torch.device``.
+        torch_dtype: Every tensor is converted to it while it is read, integers too; None keeps what is
+            stored.
+        state_dict_converter: Called once with ``{name: name}``; returns new names with stored ones.
+        buffer_size: With ``mmap=True``, how many elements may be read before the mapping is renewed, which
+            gives its pages back.  None: the environment variable ``DIFFSYNTH_DISK_MAP_BUFFER_SIZE``, or
+            10**9.  Without ``mmap`` nothing is buffered and it has no effect.
+        mmap: Give views of a private mapping of the file instead of memory of their own.  Fast, but a file
+            that is truncated while a view is alive kills the process when the view is read.
+        pin_memory: Give tensors in page-locked memory, which devices copy faster.  For ``device="cpu"``.
+        on_duplicate: What to do about a name in two files: ``"error"``, or let the ``"last"`` file win.
+        threads: How many threads read one large tensor.  None: as many as there are cores, at most four.
+        unwrap: Look into the single key ``state_dict``, ``module`` or ``model_state`` of a pickled file.
+
+    Raises:
+        MissingFileError: no such file, nothing in the folder, or a shard of the index is missing.
+        FormatError: a file breaks the rules of its format.
+        DuplicateTensorError: a name in two files.
+        ConverterError: the converter needs tensors.
+
+    Values that are no tensors (a pickled file may hold numbers and nested containers) are passed on as they
+    are; their tensors are read with them.  Maps may be shared by threads, forked, and pickled: the copy opens
+    the files again and refuses files that have changed.
+    """
+
+    def __init__(
+        self,
+        path: PathLike | Iterable[PathLike],
+        device: str | int | torch.device = "cpu",
+        torch_dtype: torch.dtype | None = None,
+        state_dict_converter: StateDictConverter | None = None,
+        buffer_size: int | None = None,
+        *,
+        mmap: bool = False,
+        pin_memory: bool = False,
+        on_duplicate: OnDuplicate = "error",
+        threads: int | None = None,
+        unwrap: bool = False,
+    ) -> None:
+        if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
+            raise TypeError(f"torch_dtype must be a torch.dtype or None; got {torch_dtype!r:.80}")
+        if on_duplicate not in ("error", "last"):
+            raise ValueError(f'on_duplicate must be "error" or "last"; got {on_duplicate!r:.80}')
+        self.device = torch.device(device)
+        self.torch_dtype = torch_dtype
+        self.buffer_size = _buffer_size(buffer_size)
+        self._options = {"mmap": mmap, "pin_memory": pin_memory, "threads": threads, "unwrap": unwrap}
+        self._on_duplicate: OnDuplicate = on_duplicate
+        self._files = find_files(path)
+        index = build_index(self._files, on_duplicate=on_duplicate, unwrap=unwrap)
+        names = [*index.table, *index.others]
+        self._renames = None if state_dict_converter is None else rename(names, state_dict_converter)
+        self._adopt(index)
+
+    def _adopt(self, index: Index) -> None:
+        self._index = index
+        self._table, self._others = index.table, index.others
+        if self._renames is not None:
+            self._table = {new: index.table[old] for new, old in self._renames.items() if old in index.table}
+            self._others = {
+                new: index.others[old] for new, old in self._renames.items() if old in index.others
+            }
+        self._reader = self._make_reader()
+        self._is_closed = False
+
+    def _make_reader(self) -> Reader:
+        largest = max((layout.nbytes for layout in {entry[1] for entry in self._table.values()}), default=0)
+        threads = self._options["threads"]
+        return Reader(
+            Target(self.device, self.torch_dtype, bool(self._options["pin_memory"])),
+            BufferPool(largest),
+            default_threads() if threads is None else max(1, threads),
+            mapped_elements=self.buffer_size if self._options["mmap"] else None,
+        )
+
+    # ------------------------------------------------------------------ Mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._table.get(name)
+        if entry is not None:
+            return self._reader.read(name, entry)
+        return self._other(name)  # type: ignore[no-any-return]  # a container: only in pickled files
+
+    def __contains__(self, name: object) -> bool:
+        self._check_open()
+        return name in self._table or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        self._check_open()
+        if self._others:
+            return iter([*self._renames] if self._renames is not None else [*self._table, *self._others])
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        self._check_open()
+        return len(self._table) + len(self._others)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # comparing values would read every tensor
+
+    __hash__ = object.__hash__
+
+    # ------------------------------------------------------------------ beyond Mapping
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape, size and place of a tensor as it is stored, without reading it."""
+        entry = self._find(name)
+        if isinstance(entry, Tensor):
+            path = self._index.files[0].path if len(self._index.files) == 1 else ""
+            return TensorInfo(entry.dtype, entry.shape, entry.nbytes, path, None)
+        file, layout, offset = entry
+        dtype = layout.torch_dtype(name, file.path)
+        return TensorInfo(dtype, torch.Size(layout.shape), layout.nbytes, file.path, offset)
+
+    def nbytes(self, name: str) -> int:
+        """Return how many bytes reading *name* takes."""
+        entry = self._find(name)
+        return entry.nbytes if isinstance(entry, Tensor) else entry[1].nbytes
+
+    def sizes(self) -> dict[str, int]:
+        """Return names and ``nbytes`` of all tensors that can be read alone."""
+        return {name: entry[1].nbytes for name, entry in self._table.items()}
+
+    def read_into(self, name: str, out: Tensor) -> Tensor:
+        """Read a tensor into *out*, without a temporary where *out* is contiguous and on the CPU.
+
+        Args:
+            name: Name of the tensor.
+            out: Of the same shape; values are converted to its dtype, whatever ``torch_dtype`` of the map is.
+
+        Returns:
+            *out*.
+
+        Raises:
+            MismatchError: *out* has another shape, or a dtype that would drop the imaginary part.
+        """
+        entry = self._find(name)
+        if isinstance(entry, Tensor):
+            self._reader.copy_into(name, entry, out)
+        else:
+            self._reader.read_into(name, entry, out)
+        return out
+
+    def slice(self, name: str) -> TensorSlice:
+        """Return a handle on a tensor; indexing it, as in ``map.slice(name)[i:j]``, reads only that part."""
+        entry = self._find(name)
+
+        def read_ranges(cuts: Cuts) -> Tensor:
+            if isinstance(entry, Tensor):
+                ranges = tuple(slice(start, stop) for start, stop, _ in cuts)
+                return self._reader.finish(name, entry[ranges].clone())
+            return self._reader.read_ranges(name, entry, cuts)
+
+        return TensorSlice(name, self.info(name), read_ranges)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Start bringing tensors into the page cache; returns at once.  Purely a hint."""
+        prefetch([entry for name in names if not isinstance(entry := self._find(name), Tensor)])
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of the files; where shards differ, lists are united and the later file wins otherwise."""
+        return MappingProxyType(self._index.metadata)
+
+    @property
+    def files(self) -> list[str]:
+        """Absolute paths of the files, in the order in which they were read."""
+        return [file.path for file in self._index.files]
+
+    def close(self) -> None:
+        """Close the files; idempotent.  Tensors that were read stay valid."""
+        for file in self._index.files:
+            file.close()
+        self._reader.close()
+        self._is_closed = True
+        self._table = self._others = {}
+
+    def __enter__(self) -> "DiskMap":
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return f"<DiskMap {searched(self._index.files)} closed>"
+        dtype = f" as {self.torch_dtype}" if self.torch_dtype else ""
+        return f"<DiskMap {searched(self._index.files)} {len(self):,} names on {self.device}{dtype}>"
+
+    # ------------------------------------------------------------------ inside
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_open()
+        state = {name: value for name, value in vars(self).items() if name in _PICKLED}
+        return _reopen, (type(self), state, [(file.path, file.identity) for file in self._index.files])
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedMapError(
+                f"{searched(self._index.files)}: the map was closed; open it again to read from it"
+            )
+
+    def _find(self, name: str) -> Entry | Tensor:
+        """Return the place of a tensor, or the tensor itself where its file had to be read as a whole."""
+        entry = self._table.get(name)
+        if entry is not None:
+            return entry
+        self._check_open()
+        value = self._others.get(name)
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, Stored):
+            return value.entry
+        if name in self._others:
+            raise TypeError(
+                f'"{name}" of {searched(self._index.files)} is a {type(value).__name__}, not a tensor'
+            )
+        raise self._missing(name)
+
+    def _other(self, name: str) -> Any:
+        """Return what is not in the table: containers, numbers, tensors of legacy files."""
+        self._check_open()
+        if name not in self._others:
+            raise self._missing(name)
+
+        def load(leaf: Any) -> Any:
+            if isinstance(leaf, Stored):
+                return self._reader.read(name, leaf.entry)
+            return self._reader.finish(name, leaf.clone()) if isinstance(leaf, Tensor) else leaf
+
+        return map_leaves(self._others[name], load)
+
+    def _missing(self, name: object) -> MissingTensorError:
+        near: list[str] = []
+        if isinstance(name, str) and len(self._table) <= _SUGGEST_AMONG:
+            near = difflib.get_close_matches(name, list(self._table), 3)
+        hint = f" Closest: {', '.join(f'{n!r}' for n in near)}." if near else ""
+        files = len(self._index.files)
+        return MissingTensorError(
+            f'no tensor "{name}" in {searched(self._index.files)} ({files:,} file{"s" * (files != 1)}, '
+            f"{len(self):,} names).{hint}"
+        )
+
+
+#: attributes that describe a map; the rest is found again by opening the files
+_PICKLED = ("device", "torch_dtype", "buffer_size", "_options", "_on_duplicate", "_files", "_renames")
+
+
+def _reopen(cls: type[DiskMap], state: dict[str, Any], opened: list[tuple[str, Identity]]) -> DiskMap:
+    """Open the files of a pickled map again; refuse them if they are not the same."""
+    copy = cls.__new__(cls)
+    vars(copy).update(state)
+    index = build_index(copy._files, on_duplicate=copy._on_duplicate, unwrap=bool(copy._options["unwrap"]))
+    for file, (path, identity) in zip(index.files, opened, strict=True):
+        if file.identity != identity:
+            raise FileChangedError(f"{path}: changed since the map was pickled. Open a new map.")
+    copy._adopt(index)
+    return copy
+
+
+def _buffer_size(explicit: int | None) -> int:
+    text = os.environ.get("DIFFSYNTH_DISK_MAP_BUFFER_SIZE") if explicit is None else explicit
+    if text is None:
+        return 10**9
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(
+            f"DIFFSYNTH_DISK_MAP_BUFFER_SIZE must be a number of elements; it is {text!r}"
+        ) from None
+    if value < 0:
+        raise ValueError(f"buffer_size must not be negative; got {value}")
+    return value

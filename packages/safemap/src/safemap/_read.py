@@ -1,0 +1,184 @@
+"""From a place in a file to a tensor: memory, threads, conversion and device in one pass.
+
+Note [Small tensors]
+    Up to ``SMALL`` bytes the cost is that of the calls, not of the bytes.  Such a tensor lies in a
+    ``bytearray``, is read by one system call in the calling thread, and checked by another (Note [Changed
+    files] in ``_file``).
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safemap._buffers import MIB, BufferPool, bytes_of, tensor_over
+from safemap._cast import check_cast, read_cast
+from safemap._errors import MismatchError, UnsupportedTensorError
+from safemap._file import File
+from safemap._layout import Entry, Layout
+from safemap._mapping import Mappings
+from safemap._parallel import for_each
+from safemap._slice import Cuts, read_ranges
+
+SMALL = 256 << 10
+CHUNK = 8 * MIB  # what one thread reads at a time
+_preadv = getattr(os, "preadv", None)
+_fstat = os.fstat
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a tensor should be like once read: ``dtype`` None means as stored."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    pin_memory: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the bytes of the file are the result."""
+        return self.device.type == "cpu" and self.dtype is None and not self.pin_memory
+
+
+class Reader:
+    """Reads tensors of any file into memory of its own; threads may share it."""
+
+    def __init__(
+        self, target: Target, pool: BufferPool, threads: int, mapped_elements: int | None = None
+    ) -> None:
+        self.target = target
+        self.pool = pool
+        self.threads = threads
+        self.mappings = None if mapped_elements is None else Mappings(mapped_elements)
+        is_simple = target.is_plain and self.mappings is None and _preadv is not None
+        self._small = SMALL if is_simple else -1
+
+    def read(self, name: str, entry: Entry) -> Tensor:
+        """Return the tensor in new memory, in the dtype and on the device of the target."""
+        file, layout, offset = entry
+        nbytes = layout.nbytes
+        if 0 < nbytes <= self._small and layout.dtype is not None:  # Note [Small tensors]
+            memory = bytearray(nbytes)
+            descriptor = file.open()
+            if _preadv(descriptor.fd, (memory,), offset) != nbytes:  # type: ignore[misc]
+                file.read_into(memoryview(memory), offset)
+            status = _fstat(descriptor.fd)
+            if status.st_mtime_ns != file.mtime_ns or status.st_size != file.nbytes:
+                file.check_unchanged(descriptor)
+            tensor = torch.frombuffer(memory, dtype=layout.dtype)
+            if layout.stride is not None:
+                return _with_strides(tensor, layout)
+            return tensor.view(layout.shape)
+        return self._read_any(name, entry)
+
+    def read_into(self, name: str, entry: Entry, out: Tensor) -> None:
+        """Fill *out*, converting to its dtype; its shape must be that of the tensor."""
+        file, layout, offset = entry
+        dtype = layout.torch_dtype(name, file.path)
+        _check_destination(name, layout.shape, dtype, out)
+        with torch.no_grad():
+            if out.device.type == "cpu" and out.is_contiguous() and layout.stride is None:
+                self._fill(file, offset, layout, dtype, out.detach())
+            else:
+                out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
+
+    def copy_into(self, name: str, tensor: Tensor, out: Tensor) -> None:
+        """Do what ``read_into`` does with a tensor that is in memory."""
+        _check_destination(name, tuple(tensor.shape), tensor.dtype, out)
+        with torch.no_grad():
+            out.copy_(tensor)
+
+    def read_ranges(self, name: str, entry: Entry, cuts: Cuts) -> Tensor:
+        """Return ``tensor[start:stop, ...]``, in the dtype and on the device of the target."""
+        file, layout, offset = entry
+        if layout.stride is not None:  # its parts do not lie together
+            return self._read_any(name, entry)[tuple(slice(start, stop) for start, stop, _ in cuts)]
+        stored = layout.torch_dtype(name, file.path)
+        return self.finish(name, read_ranges(file, offset, stored, layout.shape, cuts))
+
+    def finish(self, name: str, tensor: Tensor) -> Tensor:
+        """Bring a tensor in memory to the dtype and device of the target."""
+        target = self.target
+        dtype = tensor.dtype if target.dtype is None else target.dtype
+        check_cast(name, tensor.dtype, dtype)
+        tensor = tensor.to(device=target.device, dtype=dtype)
+        return tensor.pin_memory() if target.pin_memory and target.device.type == "cpu" else tensor
+
+    def close(self) -> None:
+        """Give back memory that is not in use."""
+        self.pool.drop_free()
+        if self.mappings is not None:
+            self.mappings.drop()
+
+    def _read_any(self, name: str, entry: Entry) -> Tensor:
+        file, layout, offset = entry
+        target = self.target
+        stored = layout.torch_dtype(name, file.path)
+        dtype = stored if target.dtype is None else target.dtype
+        check_cast(name, stored, dtype)
+        if self.mappings is not None and layout.stride is None:
+            view = self.mappings.view(file, layout, stored, offset)
+            if view is not None:
+                return self.finish(name, view.view(layout.shape))
+        if target.device.type == "cpu":
+            return self._read_host(name, entry, dtype, pin=target.pin_memory)
+        # the smaller of the two dtypes crosses the bus
+        crossing = dtype if dtype.itemsize < stored.itemsize else stored
+        host = self._read_host(name, entry, crossing, pin=target.device.type == "cuda")
+        return host.to(device=target.device, dtype=dtype)
+
+    def _read_host(self, name: str, entry: Entry, dtype: torch.dtype, *, pin: bool) -> Tensor:
+        file, layout, offset = entry
+        stored = layout.torch_dtype(name, file.path)
+        if layout.stride is not None:
+            span = Layout(layout.code, stored, (layout.nbytes // stored.itemsize,), layout.nbytes)
+            return _with_strides(self._read_host(name, (file, span, offset), dtype, pin=pin), layout)
+        try:
+            out = self._allocate(layout, dtype, pin)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or layout.nbytes:
+                raise
+            raise UnsupportedTensorError(
+                f'tensor "{name}" of {file.path} has shape {list(layout.shape)}, which torch cannot hold: '
+                f"{error}"
+            ) from None
+        self._fill(file, offset, layout, stored, out)
+        return out
+
+    def _allocate(self, layout: Layout, dtype: torch.dtype, pin: bool) -> Tensor:
+        nbytes = layout.numel * dtype.itemsize
+        if nbytes >= MIB and not pin:
+            buffer = self.pool.take(nbytes)
+            if buffer is not None:
+                return tensor_over(buffer, dtype, layout.shape)
+        return torch.empty(layout.shape, dtype=dtype, pin_memory=pin)
+
+    def _fill(self, file: File, offset: int, layout: Layout, stored: torch.dtype, out: Tensor) -> None:
+        """Read into a contiguous CPU tensor, in pieces spread over the threads."""
+        if not layout.nbytes:
+            return
+        if out.dtype != stored:
+            read_cast(file, offset, stored, out.view(-1), self.threads)
+            return
+        view = bytes_of(out)
+
+        def read_piece(start: int) -> None:
+            file.read_into(view[start : start + CHUNK], offset + start)
+
+        for_each(read_piece, range(0, len(view), CHUNK), self.threads)
+
+
+def _with_strides(elements: Tensor, layout: Layout) -> Tensor:
+    """Give the elements of a stored span the strides that were saved.
+
+    Where the span holds much more than the tensor, only the tensor is kept.
+    """
+    tensor = elements.as_strided(layout.shape, layout.stride or ())
+    return tensor.clone() if elements.numel() > 2 * layout.numel else tensor
+
+
+def _check_destination(name: str, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
+    if tuple(out.shape) != shape:
+        raise MismatchError(f'tensor "{name}" has shape {list(shape)}; the destination has {list(out.shape)}')
+    check_cast(name, dtype, out.dtype)
