@@ -264,9 +264,15 @@ class Dropped(nn.Module):
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(3, 4),
     "block": Block,
-    "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose1d(2, 2, 3), nn.GroupNorm(2, 4)),
-    "batch_norm": lambda: nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
-    "recurrent": lambda: nn.ModuleList([nn.LSTM(3, 4, 2, bidirectional=True), nn.GRU(3, 4), nn.LSTMCell(2, 2)]),
+    "convolutions": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ConvTranspose1d(2, 2, 3), nn.GroupNorm(2, 4)
+    ),
+    "batch_norm": lambda: nn.Sequential(
+        nn.BatchNorm1d(4), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    ),
+    "recurrent": lambda: nn.ModuleList(
+        [nn.LSTM(3, 4, 2, bidirectional=True), nn.GRU(3, 4), nn.LSTMCell(2, 2)]
+    ),
     "lstm_with_projection": lambda: nn.LSTM(3, 4, proj_size=2),
     "multihead_attention": lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=True),
     "bilinear_prelu": lambda: nn.Sequential(nn.Bilinear(2, 3, 4), nn.PReLU(2), nn.RMSNorm(3)),
@@ -294,11 +300,15 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "causal_mask_buffer": lambda: with_buffer(torch.tril(torch.ones(4, 4)).view(1, 1, 4, 4)),
     "shared_buffer": lambda: (lambda b: module(a=with_buffer(b), b=with_buffer(b)))(torch.ones(2)),
     "empty_parameter": lambda: module(weight=nn.Parameter(torch.empty(0, 3))),
-    "scalar_parameter": lambda: module(weight=nn.Parameter(torch.tensor(2.5)), scale=nn.Parameter(torch.zeros(()))),
+    "scalar_parameter": lambda: module(
+        weight=nn.Parameter(torch.tensor(2.5)), scale=nn.Parameter(torch.zeros(()))
+    ),
     "parameter_of_real_tensor": lambda: module(weight=nn.Parameter(torch.linspace(0, 1, 5))),
     "parameter_with_gradient_off": lambda: module(weight=nn.Parameter(torch.ones(2), requires_grad=False)),
     "explicit_cpu": lambda: nn.Linear(2, 2, device="cpu", dtype=torch.float64),
-    "buffer_of_parameter": lambda: (lambda p: module(weight=p, values=p.detach().clone()))(nn.Parameter(torch.ones(2))),
+    "buffer_of_parameter": lambda: (lambda p: module(weight=p, values=p.detach().clone()))(
+        nn.Parameter(torch.ones(2))
+    ),
     "no_grad": lambda: torch.no_grad()(lambda: Block())(),
 }
 
@@ -308,7 +318,9 @@ def test_construction_is_exact(name: str, conforms: Callable[[Any], nn.Module]) 
     conforms(BUILDERS[name])
 
 
-def test_graph_of_a_tensor_computed_from_a_parameter_keeps_its_value(conforms: Callable[[Any], nn.Module]) -> None:
+def test_graph_of_a_tensor_computed_from_a_parameter_keeps_its_value(
+    conforms: Callable[[Any], nn.Module],
+) -> None:
     def build() -> nn.Module:
         made = module(weight=nn.Parameter(torch.ones(3)))
         made.doubled = made.weight * 2
@@ -352,7 +364,9 @@ def test_random_buffers_hold_random_values_that_the_seed_decides() -> None:
     def build() -> nn.Module:
         with skip_model_initialization():
             return module(
-                a=with_buffer(torch.randn(100)), b=with_buffer(torch.empty(100).normal_()), c=torch.bernoulli(torch.ones(9) / 2)
+                a=with_buffer(torch.randn(100)),
+                b=with_buffer(torch.empty(100).normal_()),
+                c=torch.bernoulli(torch.ones(9) / 2),
             )
 
     torch.manual_seed(3)

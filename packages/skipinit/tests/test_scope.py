@@ -38,8 +38,14 @@ def test_nested_blocks_join() -> None:
 
 
 def test_nested_block_for_another_device_is_refused() -> None:
-    expected = r'skip_model_initialization\("cpu"\) was entered inside a block for "meta"\. The inner block joins'
-    with skip_model_initialization(), pytest.raises(NestedBlockError, match=expected), skip_model_initialization("cpu"):
+    expected = (
+        r'skip_model_initialization\("cpu"\) was entered inside a block for "meta"\. The inner block joins'
+    )
+    with (
+        skip_model_initialization(),
+        pytest.raises(NestedBlockError, match=expected),
+        skip_model_initialization("cpu"),
+    ):
         pass
     assert is_real(nn.Linear(2, 2))
 
@@ -110,7 +116,12 @@ def test_global_generator_stays_where_it_was() -> None:
     before = torch.get_rng_state()
     with skip_model_initialization():
         model = nn.Linear(4, 4)
-        drawn = [torch.randn(3), torch.randperm(4), torch.nn.functional.dropout(torch.ones(8)), torch.bernoulli(torch.ones(2) / 2)]
+        drawn = [
+            torch.randn(3),
+            torch.randperm(4),
+            torch.nn.functional.dropout(torch.ones(8)),
+            torch.bernoulli(torch.ones(2) / 2),
+        ]
         drawn.append(torch.rand_like(drawn[0]))
         assert float(model.weight.detach().abs().sum()) > 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -270,8 +281,16 @@ def test_task_started_inside_a_block_is_plain_and_may_open_its_own() -> None:
 
 def test_nothing_of_torch_is_replaced_while_a_block_is_open() -> None:
     def attributes() -> dict[str, int]:
-        owners = {"Module": nn.Module, "Parameter": nn.Parameter, "Tensor": torch.Tensor, "init": nn.init, "torch": torch}
-        return {f"{name}.{key}": id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
+        owners = {
+            "Module": nn.Module,
+            "Parameter": nn.Parameter,
+            "Tensor": torch.Tensor,
+            "init": nn.init,
+            "torch": torch,
+        }
+        return {
+            f"{name}.{key}": id(value) for name, owner in owners.items() for key, value in vars(owner).items()
+        }
 
     nn.Linear(2, 2)
     before = attributes()

@@ -22,7 +22,9 @@ VALUES: dict[str, Callable[[], Tensor]] = {
     "filled": lambda: torch.zeros(HUGE, HUGE).normal_(std=0.02),
     "joined": lambda: torch.cat([torch.zeros(1, HUGE), torch.randn(HUGE, HUGE)]),
     "like": lambda: torch.zeros_like(torch.randn(HUGE, HUGE)),
-    "new": lambda: torch.empty(0, 1).new_zeros(2, 2) if False else torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE),
+    "new": lambda: (
+        torch.empty(0, 1).new_zeros(2, 2) if False else torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE)
+    ),
 }
 
 INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,7 +63,9 @@ def test_initializer_of_a_parameter_is_not_computed(name: str) -> None:
 
 def test_layers_of_any_size_are_built() -> None:
     with skip_model_initialization():
-        model = nn.ModuleList([nn.Linear(HUGE, HUGE), nn.Embedding(HUGE, HUGE, padding_idx=0), nn.LSTM(HUGE, HUGE)])
+        model = nn.ModuleList(
+            [nn.Linear(HUGE, HUGE), nn.Embedding(HUGE, HUGE, padding_idx=0), nn.LSTM(HUGE, HUGE)]
+        )
         attention = nn.MultiheadAttention(HUGE, 2)
         normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(HUGE, HUGE))
         converted = nn.Linear(HUGE, HUGE).to(torch.bfloat16)

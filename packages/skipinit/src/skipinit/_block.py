@@ -71,13 +71,18 @@ class Block:
             above.append(_pop_mode())
         for mode in reversed(above[:-1]):
             _push_mode(mode)
-        ignored = PendingValueError if failed else ()
-        with torch._C.DisableTorchFunction(), contextlib.suppress(ignored):
-            self._give_values()
+        with torch._C.DisableTorchFunction():
+            try:
+                self._give_values()
+            except PendingValueError:
+                if not failed:
+                    raise
             self._place_parameters()
 
     def _give_values(self) -> None:
-        for parameter in self.parameters.values() if self.log.born else ():  # ``parameter.data = ...`` made some real
+        for parameter in (
+            self.parameters.values() if self.log.born else ()
+        ):  # ``parameter.data = ...`` made some real
             self._empty(parameter)
         for tensor in self.log.survivors():
             if self.log.device_of(tensor) is not None:
@@ -96,7 +101,11 @@ class Block:
             kind = type(candidate)  # isinstance would run the __class__ of lazy proxies
             if issubclass(kind, nn.Module):
                 registered.update(id(p) for p in candidate.__dict__.get("_parameters", {}).values())
-            elif issubclass(kind, Tensor) and id(candidate) not in ours and id(candidate) not in self.parameters:
+            elif (
+                issubclass(kind, Tensor)
+                and id(candidate) not in ours
+                and id(candidate) not in self.parameters
+            ):
                 device = self.log.device_of(candidate)
                 if device is not None and storage_address(candidate) in storages:
                     users.append(candidate)
@@ -117,7 +126,9 @@ class Block:
         """Take the storage of a real *parameter* whose data this block made."""
         if parameter.is_meta or storage_address(parameter) not in self.log.born or _has_own_rules(parameter):
             return
-        with contextlib.suppress(PendingValueError):  # C++ code holds it; it stays real, which costs memory only
+        with contextlib.suppress(
+            PendingValueError
+        ):  # C++ code holds it; it stays real, which costs memory only
             self.log.adopt(parameter)
 
     def _place_parameters(self) -> None:

@@ -1,9 +1,9 @@
 """The calls that the fast path does not know: run, deferred, or given the values that they need.
 
-A call on tensors that are all pending is deferred if its result is known: the shape, strides and aliasing of the result
-come from a rule, or from the meta device; its values can then be computed later, in order. A call that needs values, or
-that mixes pending and real tensors, gets the real values. It never runs on a mixture: ``torch.mm(cpu, meta)`` and
-``cpu.fill_(meta)`` succeed silently.
+A call on tensors that are all pending is deferred if its result is known: the shape, strides and aliasing of
+the result come from a rule, or from the meta device; its values can then be computed later, in order. A call
+that needs values, or that mixes pending and real tensors, gets the real values. It never runs on a mixture:
+``torch.mm(cpu, meta)`` and ``cpu.fill_(meta)`` succeed silently.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ def _independent(view: Tensor) -> Tensor:
     if not view._is_view():
         return view
     with torch.no_grad():
-        return torch.empty(0, dtype=view.dtype, device=META).set_(view.detach())
+        alias: Tensor = torch.empty(0, dtype=view.dtype, device=META).set_(view.detach())  # type: ignore[call-overload]
+    return alias
 
 
 class Calls:
@@ -73,7 +74,9 @@ class Calls:
             result = self.log.streams.call(function, arguments, keywords, device)
         else:
             result = function(*arguments, **keywords)
-        made = [tensor for tensor in tensors_in(result) if tensor.layout is torch.strided and not tensor.is_meta]
+        made = [
+            tensor for tensor in tensors_in(result) if tensor.layout is torch.strided and not tensor.is_meta
+        ]
         if made:
             given = {_address(tensor) for tensor in tensors_in((tuple(arguments), keywords))}
             self.log.born.update({_address(tensor) for tensor in made} - given)
@@ -165,7 +168,9 @@ class Calls:
             return None
         result = replace(result, lambda output: output if id(output) in given else _independent(output))
         outputs = tensors_in(result)
-        known = isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and len(outputs) == len(result))
+        known = isinstance(result, Tensor) or (
+            isinstance(result, (tuple, list)) and len(outputs) == len(result)
+        )
         if not known or not outputs or not all(output.is_meta for output in outputs):
             return NotImplemented
         new = [output for output in outputs if self.log.device_of(output) is None]
@@ -183,8 +188,8 @@ class Calls:
     ) -> Any:
         """Run a call on real values.
 
-        Pending tensors become real. Parameters stay as they are, since they must end without storage; a stand-in with
-        the value takes part in the call.
+        Pending tensors become real. Parameters stay as they are, since they must end without storage; a
+        stand-in with the value takes part in the call.
         """
         if torch._C._get_tracing_state() is not None:
             raise PendingValueError(

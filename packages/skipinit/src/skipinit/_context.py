@@ -15,7 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class skip_model_initialization:  # noqa: N801 (a name that users of DiffSynth-Studio know)
+class skip_model_initialization:
     """Build models whose parameters hold no storage; everything else is what a plain construction gives.
 
     As a context manager or as a decorator of a function, plain or ``async``::
@@ -24,12 +24,14 @@ class skip_model_initialization:  # noqa: N801 (a name that users of DiffSynth-S
             model = Model()
         model.load_state_dict(state_dict, assign=True)
 
-    It acts on the thread, and on the asyncio task, that opened it. Blocks may be nested: the inner ones join the
-    outer one. One object may be used many times, also by several threads.
+    It acts on the thread, and on the asyncio task, that opened it. Blocks may be nested: the inner ones join
+    the outer one. One object may be used many times, also by several threads.
 
     Args:
-        device: Where the parameters made in the block go. ``"meta"``: they have no values and no storage. Any other
-            device: they have the values of a plain construction, are moved there one by one, and are not skipped.
+        device: Where the parameters made in the block go. ``"meta"``: they have no values and no storage. Any
+            other
+            device: they have the values of a plain construction, are moved there one by one, and are not
+                skipped.
 
     Raises:
         NestedBlockError: on entering a block inside one with another device.
@@ -70,7 +72,11 @@ class skip_model_initialization:  # noqa: N801 (a name that users of DiffSynth-S
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Run every call of *function* in a block."""
-        if isinstance(function, type) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        if (
+            isinstance(function, type)
+            or inspect.isgeneratorfunction(function)
+            or inspect.isasyncgenfunction(function)
+        ):
             raise TypeError(
                 f"skip_model_initialization decorates functions, not the class or generator {function.__qualname__}; "
                 "use a with-block around the construction"

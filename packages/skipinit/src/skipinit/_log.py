@@ -1,10 +1,10 @@
 """What a block has written down about its pending tensors, and how their values are computed from it.
 
-A pending tensor is an ordinary meta tensor. The address of its storage is its name here: views and Parameters made from
-it share the storage, so whatever was written to one of them is found by the others.
+A pending tensor is an ordinary meta tensor. The address of its storage is its name here: views and Parameters
+made from it share the storage, so whatever was written to one of them is found by the others.
 
-Most of a log is never read. The fast path therefore only appends to ``births`` and ``writes``; they are sorted by
-storage when a device or a value is asked for.
+Most of a log is never read. The fast path therefore only appends to ``births`` and ``writes``; they are
+sorted by storage when a device or a value is asked for.
 """
 
 import sys
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "Geometry":
         size, stride = tuple(tensor.size()), tuple(tensor.stride())
-        return cls(storage_address(tensor), tensor.dtype, size, stride, tensor.storage_offset())
+        return cls(storage_address(tensor), tensor.dtype, size, stride, int(tensor.storage_offset()))
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +48,7 @@ class Geometry(NamedTuple):
 
     def view(self, storage: torch.UntypedStorage) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(storage, self.offset, self.size, self.stride)
 
 
 @dataclass(slots=True)
@@ -176,13 +176,23 @@ class Log:
         return replace(tuple(arguments), Geometry.of), replace(dict(keywords), Geometry.of)
 
     def write(
-        self, function: Function, arguments: Any, keywords: Any, outputs: Iterable[Tensor], device: torch.device
+        self,
+        function: Function,
+        arguments: Any,
+        keywords: Any,
+        outputs: Iterable[Tensor],
+        device: torch.device,
     ) -> None:
         """Write down a call whose tensors are all pending; *outputs* have new storages, on *device*, to be kept."""
         self.writes.append(self._operation(function, arguments, keywords, outputs, device))
 
     def _operation(
-        self, function: Function, arguments: Any, keywords: Any, outputs: Iterable[Tensor], device: torch.device
+        self,
+        function: Function,
+        arguments: Any,
+        keywords: Any,
+        outputs: Iterable[Tensor],
+        device: torch.device,
     ) -> Operation:
         read: set[int] = set()
 
@@ -215,14 +225,18 @@ class Log:
                 self._add(write)
                 continue
             function, arguments, keywords, storage = write
-            device = self._devices.get(storage)
-            if device is None:  # the user's own meta tensor
+            if storage not in self._devices:  # the user's own meta tensor
                 continue
             target = tensors_in((arguments, keywords))[0]
-            if storage_address(target) != storage:  # torch.utils.swap_tensors: it has become another one since
-                born = self._operations[storage][0].outputs[0]
-                arguments, keywords = replace((arguments, keywords), lambda _, born=born: born)
-            self._add(self._operation(function, arguments, keywords, [], device))
+            if (
+                storage_address(target) != storage
+            ):  # torch.utils.swap_tensors: it has become another one since
+                arguments, keywords = self._as_born(storage, arguments, keywords)
+            self._add(self._operation(function, arguments, keywords, [], self._devices[storage]))
+
+    def _as_born(self, storage: int, arguments: Any, keywords: Any) -> Any:
+        whole = self._operations[storage][0].outputs[0]
+        return replace((arguments, keywords), lambda _: whole)
 
     def _add(self, operation: Operation) -> None:
         operation.order = self._count
@@ -247,8 +261,8 @@ class Log:
     def _compute(self, storage: int) -> None:
         """Run, in order, every operation connected with *storage*.
 
-        Connected is more than needed: an operation that only read the storage runs too. That keeps the rule simple
-        enough to be right when tensors are overwritten after others were made from them.
+        Connected is more than needed: an operation that only read the storage runs too. That keeps the rule
+        simple enough to be right when tensors are overwritten after others were made from them.
         """
         self.sort()
         connected: dict[int, Operation] = {}
@@ -280,7 +294,7 @@ class Log:
                     result = self.streams.call(function, arguments, keywords, operation.device)
                 else:
                     result = function(*arguments, **keywords)
-                for promised, made in zip(operation.outputs, tensors_in(result)):
+                for promised, made in zip(operation.outputs, tensors_in(result), strict=False):
                     self._place(promised, made)
         finally:
             torch.set_default_dtype(default_dtype)
@@ -293,12 +307,15 @@ class Log:
             )
         storage = made.untyped_storage()
         as_promised = (
-            (made.dtype, made.stride(), made.storage_offset()) == (promised.dtype, promised.stride, promised.offset)
+            (made.dtype, made.stride(), made.storage_offset())
+            == (promised.dtype, promised.stride, promised.offset)
             and storage.nbytes() >= promised.nbytes
             and all(storage._cdata != other._cdata for other in self.values.values())
         )
         if not as_promised:
-            storage = self.values.get(promised.storage) or torch.UntypedStorage(promised.nbytes, device=made.device)
+            storage = self.values.get(promised.storage) or torch.UntypedStorage(
+                promised.nbytes, device=made.device
+            )
             promised.view(storage).copy_(made)
         self.values[promised.storage] = storage
         self.born.add(storage._cdata)

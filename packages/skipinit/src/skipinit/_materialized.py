@@ -34,11 +34,12 @@ def unmaterialized(model: nn.Module | Mapping[str, object]) -> list[str]:
 def check_materialized(model: nn.Module | Mapping[str, object], *_hook_arguments: object) -> None:
     """Raise unless every parameter and buffer of *model* has a value.
 
-    torch itself is no reliable guard: some operations on mixed devices, such as ``torch.mm(cpu, meta)``, succeed
-    and give a result without values, and ``torch.save`` writes a file without weights.
+    torch itself is no reliable guard: some operations on mixed devices, such as ``torch.mm(cpu, meta)``,
+    succeed and give a result without values, and ``torch.save`` writes a file without weights.
 
     The signature fits ``model.register_forward_pre_hook(check_materialized)`` and
-    ``model.register_state_dict_pre_hook(check_materialized)``, for whoever wants the check made at every call.
+    ``model.register_state_dict_pre_hook(check_materialized)``, for whoever wants the check made at every
+    call.
 
     Args:
         model: A module, or the state dict that is about to be saved.

@@ -1,8 +1,8 @@
 """How a block sees the torch functions that a constructor calls, and answers the common ones.
 
-While a `TorchFunctionMode` is entered, torch calls its ``__torch_function__(function, types, arguments, keywords)``
-in place of every torch function and tensor method that the current thread calls, and takes what it returns as the
-result. Inside that method the mode is off, so calling ``function`` there runs it plainly.
+While a `TorchFunctionMode` is entered, torch calls its ``__torch_function__(function, types, arguments,
+keywords)`` in place of every torch function and tensor method that the current thread calls, and takes what
+it returns as the result. Inside that method the mode is off, so calling ``function`` there runs it plainly.
 """
 
 import sys
@@ -32,7 +32,7 @@ _function_modes = torch._C._len_torch_function_stack
 
 def _all_plain(arguments: Sequence[Any], keywords: dict[str, Any], target: Tensor) -> bool:
     """Whether there is no tensor or generator but *target*: only then may a call be run later."""
-    for value in arguments:  # noqa: SIM110 (generator expressions double the time, here and below)
+    for value in arguments:  # (generator expressions double the time)
         if value is not target and type(value) not in PLAIN:
             return False
     for value in keywords.values():  # noqa: SIM110
@@ -49,8 +49,12 @@ class BlockMode(TorchFunctionMode):
         self.block, self.log = block, block.log
         self.calls = Calls(block.log)
 
-    def __torch_function__(  # type: ignore[override]
-        self, function: Function, types: object, arguments: Sequence[Any] = (), keywords: dict[str, Any] | None = None
+    def __torch_function__(
+        self,
+        function: Function,
+        types: object,
+        arguments: Sequence[Any] = (),
+        keywords: dict[str, Any] | None = None,
     ) -> Any:
         kind = KINDS.get(function)
         if kind is METADATA or not self.block.is_current():
@@ -61,7 +65,7 @@ class BlockMode(TorchFunctionMode):
             if made is not None:
                 return made
         elif kind is INITIALIZER or kind is FILL:
-            target = arguments[0] if arguments else keywords.get("tensor")
+            target = arguments[0] if arguments else keywords["tensor"]
             if self._may_be_noted(kind, function, target) and _all_plain(arguments, keywords, target):
                 self.log.writes.append((function, arguments, keywords, storage_address(target)))
                 return target
@@ -78,7 +82,11 @@ class BlockMode(TorchFunctionMode):
         if _dispatch_modes():  # a FakeTensorMode has no storage to save
             return None
         if not keywords.keys() <= DEFERRABLE_ARGUMENTS:
-            spoken = {n: v for n, v in keywords.items() if v is not None and v is not False and v is not torch.strided}
+            spoken = {
+                n: v
+                for n, v in keywords.items()
+                if v is not None and v is not False and v is not torch.strided
+            }
             if not spoken.keys() <= DEFERRABLE_ARGUMENTS:
                 return None
             keywords = spoken
@@ -107,7 +115,9 @@ class BlockMode(TorchFunctionMode):
             self.log.births.append((tensor, factory, device))
         return tensor
 
-    def _make_like(self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any]) -> Tensor | None:
+    def _make_like(
+        self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any]
+    ) -> Tensor | None:
         """A pending tensor for ``zeros_like(pending)``, ``pending.new_zeros(...)`` and so on."""
         if not arguments or not isinstance(arguments[0], Tensor):
             return None
@@ -134,7 +144,11 @@ class BlockMode(TorchFunctionMode):
         return META if device.type == "meta" else torch.empty(0, device=device).device
 
     def _may_be_noted(self, kind: Kind, function: Function, target: Any) -> bool:
-        if type(target) is not nn.Parameter or not target.is_meta or (self.log.values and self.log.has_value(target)):
+        if (
+            type(target) is not nn.Parameter
+            or not target.is_meta
+            or (self.log.values and self.log.has_value(target))
+        ):
             return False
         if kind is FILL:  # a leaf's own methods raise in a plain construction, unless under no_grad
             return not (target.requires_grad and torch.is_grad_enabled())

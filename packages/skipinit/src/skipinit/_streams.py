@@ -31,8 +31,8 @@ class Streams:
         if device.type != "cpu":
             with torch.random.fork_rng(device_type=device.type):
                 return function(*arguments, **keywords)
-        # This one knows the global generator only, so that is moved and put back. A thread that draws meanwhile draws
-        # from this stream.
+        # This one knows the global generator only, so that is moved and put back. A thread that draws
+        # meanwhile draws from this stream.
         before = torch.default_generator.get_state()
         try:
             torch.default_generator.set_state(generator.get_state())
