@@ -173,6 +173,19 @@ def test_converter_that_computes(plain, state, tmp_path):
         load_model(Net, path, state_dict_converter=joined, module_map=LAYERS, vram_config=everywhere("disk"))
 
 
+def test_wrapped_pickle(plain, state, tmp_path):
+    path = str(tmp_path / "model.pth")
+    torch.save({"state_dict": state}, path)
+    options = {"torch_dtype": None, "state_dict_converter": lambda checkpoint: dict(checkpoint)}
+    for given in (
+        {"torch_dtype": None},
+        options,
+        options | {"use_disk_map": True, "state_dict_converter": lambda checkpoint: checkpoint["state_dict"]},
+        {"module_map": LAYERS, "vram_config": everywhere("disk")},
+    ):
+        assert torch.equal(load_model(Net, path, **given)(X), plain(X))
+
+
 def test_converter_of_a_state_dict(plain, state):
     renamed = {f"model.{name}": tensor for name, tensor in state.items()}
     model = load_model(
@@ -205,6 +218,16 @@ def test_managed_in_eight_bits(plain, file):
         for parameter in (plain.embed.weight, plain.norm.weight, plain.norm.bias):
             parameter.copy_(parameter.to(FP8))
     assert torch.equal(model(X), plain(X))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_parameters_outside_layers_compute_in_the_dtype_of_the_layers(plain, file, where):
+    half = {"computation_dtype": torch.bfloat16, "preparing_dtype": torch.bfloat16, "preparing_device": "cpu"}
+    config = everywhere(where, torch.bfloat16) | half
+    model = load_model(Net, file, module_map=LAYERS, vram_config=config, vram_limit=0)
+    assert model.scale.dtype == torch.bfloat16
+    assert model.steps.dtype == torch.int64
+    assert torch.equal(model.scale, plain.scale.to(torch.bfloat16))
 
 
 def test_modules_that_rename_their_entries_are_heard(tmp_path):

@@ -46,7 +46,9 @@ def load_model(
             model.  One that only renames, drops and repeats tensors is called with their names, and costs
             nothing.  One that computes with tensors is called with a lazy mapping to them, and what it
             returns is in memory beside the model; it cannot be used with layers that stay on disk.
-        use_disk_map: Accepted for compatibility: files are always read lazily.
+        use_disk_map: Give *state_dict_converter* the contents of a pickled file as they are.  Otherwise
+            the single key ``state_dict``, ``module`` or ``model_state`` of such a file is looked into, as it
+            always is without a converter.  Files are read lazily in any case.
         module_map: Class of module -> ``AutoWrappedLinear`` or a relative.  With it the model is managed:
             *vram_config* says where its layers are, and in which dtypes.
         vram_config: ``{offload,onload,preparing,computation}_{dtype,device}``.  Without effect unless
@@ -81,8 +83,13 @@ def load_model(
     if state_dict is not None:
         source = state_dict if state_dict_converter is None else state_dict_converter(state_dict)
     else:
-        stays_on_disk = policy is not None and policy.offload.is_disk
-        source = _open(path, device if policy is None else "cpu", state_dict_converter, stays_on_disk)
+        source = _open(
+            path,
+            device if policy is None else "cpu",
+            state_dict_converter,
+            unwrap=state_dict_converter is None or (policy is None and not use_disk_map),
+            stays_on_disk=policy is not None and policy.offload.is_disk,
+        )
     aliases = tie_aliases(model, source)
     check_fit(model, source, aliases)
 
@@ -104,15 +111,20 @@ def load_model(
 
 
 def _open(
-    path: Any, device: str | torch.device, converter: StateDictConverter | None, stays_on_disk: bool
+    path: Any,
+    device: str | torch.device,
+    converter: StateDictConverter | None,
+    *,
+    unwrap: bool,
+    stays_on_disk: bool,
 ) -> Mapping[str, Tensor]:
     """Return the checkpoint in the names of the model."""
     try:
-        return DiskMap(path, device, state_dict_converter=converter)
+        return DiskMap(path, device, state_dict_converter=converter, unwrap=unwrap)
     except ConverterError:  # it computes with tensors
         if converter is None or stays_on_disk:
             raise
-        return converter(DiskMap(path, device))
+        return converter(DiskMap(path, device, unwrap=unwrap))
 
 
 def _assign(
