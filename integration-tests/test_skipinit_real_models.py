@@ -16,8 +16,8 @@ def flux() -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        pooled_projection_dim=16, in_channels=4, axes_dims_rope=(4, 6, 6),
+        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, in_channels=4, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def test_loaded_model_computes_the_same_bits(name: str) -> None:
     state = plain.state_dict()
     model.eval().load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()  # load_state_dict(assign=True) gives every name of a tied parameter its own Parameter
+        model.tie_weights()  # load_state_dict(assign=True) breaks ties
     assert unmaterialized(model) == []
     with torch.no_grad():
         mine, expected = model(**inputs_of(name)), plain(**inputs_of(name))

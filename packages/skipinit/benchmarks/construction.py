@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -48,7 +48,7 @@ def skipinit() -> AbstractContextManager[Any]:
 
 
 def original() -> AbstractContextManager[Any]:
-    """The original's context manager, from its file: importing all of diffsynth needs more than is installed."""
+    """The original's context manager, from its file: importing diffsynth needs all that it depends on."""
     path = distribution("diffsynth").locate_file("diffsynth/core/vram/initialization.py")
     namespace: dict[str, Any] = {}
     exec(compile(Path(str(path)).read_text(), str(path), "exec"), namespace)
@@ -69,7 +69,7 @@ def meta_device() -> AbstractContextManager[Any]:
 
 
 class Floor:
-    """The same constructors with factories, initialization and registration reduced to the bare Python objects."""
+    """The same constructors with factories, initialization and registration reduced to Python objects."""
 
     def __enter__(self) -> None:
         import torch
@@ -134,10 +134,8 @@ def measure(contender: str, model: str, repeats: int) -> dict[str, Any]:
     parameters = 0
     for _ in range(1 + repeats):
         gc.collect()
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        except OSError:
-            pass
         before, start = resident("VmRSS"), time.perf_counter()
         with enter():
             built = build()
@@ -205,7 +203,8 @@ def compare(models: list[str], rounds: int, repeats: int) -> list[dict[str, Any]
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'model':20}{'contender':14}{'first ms':>10}{'warm ms':>10}{'min ms':>9}{'max ms':>9}{'peak MB':>9}{'x skipinit':>12}"
+        f"{'model':20}{'contender':14}{'first ms':>10}{'warm ms':>10}{'min ms':>9}{'max ms':>9}"
+        f"{'peak MB':>9}{'x skipinit':>12}"
     ]
     ours = {row["model"]: row["warm_median_s"] for row in rows if row["contender"] == "skipinit"}
     for row in rows:

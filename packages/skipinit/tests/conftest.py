@@ -1,4 +1,4 @@
-"""The comparison that every conformance test makes: plain construction against skipped, under the same seed."""
+"""The comparison that every conformance test makes: plain construction against skipped, one seed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ Build = Callable[[], Any]
 
 
 def tensors_within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that plain Python attributes of *value* lead to, parameters and buffers of modules apart."""
+    """Every tensor that plain Python attributes of *value* lead to, parameters and buffers apart."""
     if id(value) in seen:
         return
     if isinstance(value, Tensor):
@@ -88,7 +88,7 @@ def assert_exact(mine: nn.Module, plain: nn.Module) -> None:
 
 @pytest.fixture
 def conforms() -> Callable[[Build], nn.Module]:
-    """Build plainly and skipped under one seed, compare, load the plain weights, compare outputs' ingredients."""
+    """Build plainly and skipped under one seed, and compare."""
 
     def check(build: Build) -> nn.Module:
         torch.manual_seed(0)

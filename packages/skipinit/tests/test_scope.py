@@ -90,7 +90,7 @@ def test_what_cannot_be_decorated_says_so() -> None:
     def generate() -> Any:
         yield nn.Linear(2, 2)
 
-    with pytest.raises(TypeError, match="class or generator .*generate"):
+    with pytest.raises(TypeError, match=r"class or generator .*generate"):
         skip_model_initialization()(generate)
 
 
@@ -274,7 +274,7 @@ def test_task_started_inside_a_block_is_plain_and_may_open_its_own() -> None:
         release.set()
         return (mine, *(await task))
 
-    mine, plain, own = asyncio.run(main())
+    _, plain, own = asyncio.run(main())
     assert is_real(plain)
     assert is_meta(own)
 

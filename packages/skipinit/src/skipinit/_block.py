@@ -13,7 +13,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from ._errors import PendingValueError
@@ -56,7 +56,7 @@ class Block:
 
     def open(self) -> None:
         _entered.set(self)
-        _push_mode(self._mode)
+        _push_mode(self._mode)  # type: ignore[no-untyped-call]
 
     def close(self, *, failed: bool) -> None:
         """End the block: no pending tensor outlives it, except parameters on the meta device.
@@ -67,10 +67,10 @@ class Block:
         self.depth = 0
         _entered.set(self._outer)
         above = []  # blocks of other tasks on this thread may have been entered later and be open still
-        while self._mode in _get_current_function_mode_stack():
-            above.append(_pop_mode())
+        while self._mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            above.append(_pop_mode())  # type: ignore[no-untyped-call]
         for mode in reversed(above[:-1]):
-            _push_mode(mode)
+            _push_mode(mode)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             try:
                 self._give_values()
@@ -93,7 +93,7 @@ class Block:
             self._search_for_users(unknown)
 
     def _search_for_users(self, storages: set[int]) -> None:
-        """Parameters that were never registered hold values; those that were, past the hook (deepcopy), do not."""
+        """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
         ours = {id(entry[0]) for entries in (self.log.births, self.log.kept) for entry in entries}
         registered: set[int] = set()
         users: list[Tensor] = []

@@ -30,7 +30,7 @@ SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _independent(view: Tensor) -> Tensor:
-    """*view* without autograd's reference to the tensor that it was made from, which could then not be replaced."""
+    """*view* without autograd's reference to its base, which could then not become real."""
     if not view._is_view():
         return view
     with torch.no_grad():
@@ -150,7 +150,7 @@ class Calls:
     def _ask_meta(
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any], device: torch.device
     ) -> Any:
-        """Run the call on the meta tensors, to learn the shape of its result and what it shares storage with."""
+        """Run the call on the meta tensors, to learn the shape and the aliasing of its result."""
         if torch.is_autocast_enabled() or torch._C._len_torch_dispatch_stack():
             return NotImplemented
         self.log.sort()  # the call may change which storage a tensor has
@@ -193,8 +193,9 @@ class Calls:
         """
         if torch._C._get_tracing_state() is not None:
             raise PendingValueError(
-                "torch.jit.trace was called inside skip_model_initialization(): the trace would hold the values that "
-                "its parameters have now.\n    Trace the model after its weights are loaded, or use torch.jit.script."
+                "torch.jit.trace was called inside skip_model_initialization(): the trace would hold the values "
+                "that its parameters have now.\n"
+                "    Trace the model after its weights are loaded, or use torch.jit.script."
             )
         stand_ins: dict[int, Tensor] = {}
         for tensor in {id(tensor): tensor for tensor in pending}.values():

@@ -53,7 +53,8 @@ class skip_model_initialization:
             outer.depth += 1
         else:
             raise NestedBlockError(
-                f'skip_model_initialization("{self.device}") was entered inside a block for "{outer.device}". '
+                f'skip_model_initialization("{self.device}") was entered inside a block for '
+                f'"{outer.device}". '
                 "The inner block joins the outer one, so both need the same device."
             )
 
@@ -63,7 +64,7 @@ class skip_model_initialization:
         block = Block.current()
         if block is None:
             raise SkipinitError(
-                "skip_model_initialization was left by another thread, asyncio task or context than entered it"
+                "skip_model_initialization was left by another thread, asyncio task or context"
             )
         if block.depth > 1:
             block.depth -= 1
@@ -78,8 +79,8 @@ class skip_model_initialization:
             or inspect.isasyncgenfunction(function)
         ):
             raise TypeError(
-                f"skip_model_initialization decorates functions, not the class or generator {function.__qualname__}; "
-                "use a with-block around the construction"
+                f"skip_model_initialization decorates functions, not the class or generator "
+                f"{function.__qualname__}; use a with-block around the construction"
             )
         if inspect.iscoroutinefunction(function):
 

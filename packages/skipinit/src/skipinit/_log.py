@@ -94,7 +94,7 @@ def replace(values: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def become(tensor: Tensor, other: Tensor) -> None:
-    """Give *tensor*, which stays the same Python object, the data and device of *other*, and *other* its old ones."""
+    """Exchange the data of *tensor*, which stays the same Python object, with that of *other*."""
     is_held = tensor._use_count() > 1  # type: ignore[attr-defined]
     if not is_held:
         other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
@@ -104,8 +104,8 @@ def become(tensor: Tensor, other: Tensor) -> None:
             is_held = True
     if is_held:
         raise PendingValueError(
-            f"a tensor of shape {tuple(tensor.shape)} made inside skip_model_initialization() is held by C++ code "
-            "(TorchScript, torch.func, or an autograd graph), which would not see its new storage.\n"
+            f"a tensor of shape {tuple(tensor.shape)} made inside skip_model_initialization() is held by C++ "
+            "code (TorchScript, torch.func, or an autograd graph), which would not see its new storage.\n"
             "    Register it as a buffer first, or make it before the block."
         )
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # autograd knew them by the old data
@@ -124,6 +124,7 @@ class Log:
         # Results, views and replaced data: kept, like the births, so that no storage address is used twice.
         self.kept: list[tuple[Tensor]] = []
         self.streams = streams
+        self._value_storages: set[int] = set()  # addresses of those in ``values``
         self._devices: dict[int, torch.device] = {}
         self._operations: dict[int, list[Operation]] = {}
         self._sorted_births = self._located_births = self._count = 0
@@ -136,8 +137,8 @@ class Log:
             return None
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise PendingValueError(
-                "a transform of torch.func (vmap, grad, ...) got a tensor made inside skip_model_initialization(), "
-                "whose value it would not see.\n    Make its inputs before the block, or clone real tensors."
+                "a transform of torch.func (vmap, grad, ...) got a tensor made inside "
+                "skip_model_initialization(), whose value it would not see.\n    Make its inputs before the block, or clone real tensors."
             )
         for born, _, device in self.births[self._located_births :]:
             self._devices[storage_address(born)] = device
@@ -183,7 +184,7 @@ class Log:
         outputs: Iterable[Tensor],
         device: torch.device,
     ) -> None:
-        """Write down a call whose tensors are all pending; *outputs* have new storages, on *device*, to be kept."""
+        """Write down a call whose tensors are all pending; *outputs* have new storages on *device*."""
         self.writes.append(self._operation(function, arguments, keywords, outputs, device))
 
     def _operation(
@@ -247,7 +248,7 @@ class Log:
     # Computing values
 
     def value(self, tensor: Tensor) -> Tensor:
-        """A real tensor with the value of the pending *tensor*; all such tensors share the value's storage."""
+        """A real tensor with the value of the pending *tensor*, in storage shared by all its aliases."""
         storage = storage_address(tensor)
         self._compute(storage)
         return Geometry.of(tensor).view(self.values[storage])
@@ -310,15 +311,15 @@ class Log:
             (made.dtype, made.stride(), made.storage_offset())
             == (promised.dtype, promised.stride, promised.offset)
             and storage.nbytes() >= promised.nbytes
-            and all(storage._cdata != other._cdata for other in self.values.values())
+            and storage._cdata not in self._value_storages
         )
         if not as_promised:
-            storage = self.values.get(promised.storage) or torch.UntypedStorage(
-                promised.nbytes, device=made.device
-            )
+            if promised.storage not in self.values:
+                empty = torch.empty(promised.nbytes, dtype=torch.uint8, device=made.device).untyped_storage()
             promised.view(storage).copy_(made)
         self.values[promised.storage] = storage
         self.born.add(storage._cdata)
+        self._value_storages.add(storage._cdata)
 
     # At the end
 

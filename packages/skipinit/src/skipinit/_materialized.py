@@ -55,6 +55,6 @@ def check_materialized(model: nn.Module | Mapping[str, object], *_hook_arguments
     more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
     raise UnmaterializedError(
         f"{type(model).__name__}: {len(names):,} of {total:,} tensors have no values: {listed}{more}.\n"
-        "    Load a checkpoint that has these names with load_state_dict(state_dict, assign=True) before the model "
-        "is run or saved."
+        "    Load a checkpoint that has these names with load_state_dict(state_dict, assign=True) before the "
+        "model is run or saved."
     )

@@ -135,7 +135,8 @@ class BlockMode(TorchFunctionMode):
         if device is None:
             if not _function_modes():
                 return CPU
-            contexts = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+            modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+            contexts = [mode for mode in modes if isinstance(mode, DeviceContext)]
             device = contexts[-1].device if contexts else CPU
         device = torch.device(device)
         if device.type == "cpu":

@@ -9,14 +9,14 @@ from ._vocabulary import RANDOM_WITH_GENERATOR, Function
 
 
 class Streams:
-    """Generators of one block, one per device; each starts where the global one stands and then moves alone."""
+    """One generator per device; each starts where the global one stands and then moves alone."""
 
     def __init__(self) -> None:
         self._seed = torch.initial_seed()
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def seeded_inside(self) -> bool:
-        """Whether the constructor called ``torch.manual_seed``: then it wants the numbers of the global generator."""
+        """Whether the constructor called ``torch.manual_seed``: then it wants the global generator."""
         return torch.initial_seed() != self._seed
 
     def call(

@@ -126,7 +126,7 @@ RANDOM_WITH_GENERATOR = _names(
 )
 #: functions that draw random numbers from the global generator only (in some versions of torch)
 RANDOM_WITHOUT_GENERATOR = _names(
-    "rand_like randn_like randint_like dropout alpha_dropout feature_alpha_dropout feature_dropout dropout_ dropout1d"
-    " dropout2d dropout3d rrelu rrelu_ gumbel_softmax native_dropout"
+    "rand_like randn_like randint_like dropout alpha_dropout feature_alpha_dropout feature_dropout dropout_"
+    " dropout1d dropout2d dropout3d rrelu rrelu_ gumbel_softmax native_dropout"
 )
 RANDOM = RANDOM_WITH_GENERATOR | RANDOM_WITHOUT_GENERATOR
