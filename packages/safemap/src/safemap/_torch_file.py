@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._weights_only_unpickler import Unpickler
-from torch.storage import TypedStorage
 
 from safemap._contents import Stored, map_leaves
 from safemap._dtypes import CODES
@@ -27,6 +26,10 @@ from safemap._layout import Layout
 from safemap._positional import read_bytes
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
+
+
+_new_storage: Any = torch.UntypedStorage  # torch does not type their constructors
+_new_typed_storage: Any = torch.storage.TypedStorage
 
 
 class _NotLazy(Exception):
@@ -88,10 +91,11 @@ class _Archive:
         order = self.prefix + "byteorder"
         if order in self.members and self.archive.read(order).decode() != sys.byteorder:
             raise _NotLazy("it was written on a machine of the other byte order")
-        unpickler = Unpickler(io.BytesIO(self.archive.read(self.prefix + "data.pkl")), encoding="utf-8")
-        unpickler.persistent_load = self._meta_storage  # type: ignore[method-assign]
+        pickled = io.BytesIO(self.archive.read(self.prefix + "data.pkl"))
+        unpickler: Any = Unpickler(pickled, encoding="utf-8")
+        unpickler.persistent_load = self._meta_storage
         try:
-            tree = unpickler.load()  # type: ignore[no-untyped-call]
+            tree = unpickler.load()
         except (NotImplementedError, RuntimeError) as error:
             raise _NotLazy(f"torch cannot rebuild one of its tensors without data ({error})") from error
         except _NotLazy:
@@ -100,14 +104,14 @@ class _Archive:
             raise _unpickling_error(self.file, error) from error
         return map_leaves(tree, self._stored)
 
-    def _meta_storage(self, saved_id: tuple[Any, ...]) -> TypedStorage:
+    def _meta_storage(self, saved_id: tuple[Any, ...]) -> Any:
         kind, storage_type, key, _location, numel = saved_id
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown kind of persistent object {kind!r}")
         dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
-        storage = torch.UntypedStorage(numel * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
+        storage = _new_storage(numel * dtype.itemsize, device="meta")
         self.storages[storage._cdata] = storage, key
-        return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+        return _new_typed_storage(wrap_storage=storage, dtype=dtype, _internal=True)
 
     def _stored(self, leaf: object) -> object:
         if not isinstance(leaf, Tensor) or leaf.device.type != "meta":
