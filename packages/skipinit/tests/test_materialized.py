@@ -37,8 +37,8 @@ def test_error_message(model: nn.Module) -> None:
         check_materialized(model)
     assert str(caught.value) == (
         'Sequential: 4 of 7 tensors have no values: "0.weight", "0.bias", "1.weight", "1.bias".\n'
-        "    Load a checkpoint that has these names with load_state_dict(state_dict, assign=True) before the model "
-        "is run or saved."
+        "    Load a checkpoint that has these names with load_state_dict(state_dict, assign=True) before the "
+        "model is run or saved."
     )
     assert isinstance(caught.value, RuntimeError)
 

@@ -193,8 +193,8 @@ class Calls:
         """
         if torch._C._get_tracing_state() is not None:
             raise PendingValueError(
-                "torch.jit.trace was called inside skip_model_initialization(): the trace would hold the values "
-                "that its parameters have now.\n"
+                "torch.jit.trace was called inside skip_model_initialization(): the trace would hold the "
+                "values that its parameters have now.\n"
                 "    Trace the model after its weights are loaded, or use torch.jit.script."
             )
         stand_ins: dict[int, Tensor] = {}

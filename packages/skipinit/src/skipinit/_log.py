@@ -138,7 +138,8 @@ class Log:
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise PendingValueError(
                 "a transform of torch.func (vmap, grad, ...) got a tensor made inside "
-                "skip_model_initialization(), whose value it would not see.\n    Make its inputs before the block, or clone real tensors."
+                "skip_model_initialization(), whose value it would not see.\n"
+                "    Make its inputs before the block, or clone real tensors."
             )
         for born, _, device in self.births[self._located_births :]:
             self._devices[storage_address(born)] = device
@@ -314,8 +315,8 @@ class Log:
             and storage._cdata not in self._value_storages
         )
         if not as_promised:
-            if promised.storage not in self.values:
-                empty = torch.empty(promised.nbytes, dtype=torch.uint8, device=made.device).untyped_storage()
+            empty = torch.empty(promised.nbytes, dtype=torch.uint8, device=made.device)
+            storage = self.values.get(promised.storage, empty.untyped_storage())
             promised.view(storage).copy_(made)
         self.values[promised.storage] = storage
         self.born.add(storage._cdata)
