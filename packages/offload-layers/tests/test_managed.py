@@ -341,3 +341,31 @@ def test_two_threads_run_one_model(
     assert wrong == []
     assert_invariants(model)
     assert all(r.budget.statistics().lent_nbytes >= 0 for r in residencies(model))
+
+
+@pytest.mark.parametrize("change", ["add_", "data.add_", "data =", "data +="])
+def test_changes_of_a_weight_in_place_are_kept_wherever_it_is(
+    linear: nn.Linear, config: Config, change: str
+) -> None:
+    model = nn.Sequential(copy.deepcopy(linear), nn.Linear(3, 3))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, None, tensors)
+    for _ in range(2):
+        weight = model[0].weight
+        if change == "add_":
+            weight.add_(1)
+        elif change == "data.add_":
+            weight.data.add_(1)
+        elif change == "data +=":
+            weight.data += 1
+        else:
+            weight.data = weight.data + 1
+        del weight
+        model[1](torch.zeros(3))
+    expected = linear.weight + 2
+    assert torch.equal(model[0].weight, expected)
+    assert torch.equal(model.state_dict()["0.weight"].float(), expected)
+    for layer in model:
+        layer.offload()
+    assert torch.equal(model[0](X), nn.functional.linear(X, expected, linear.bias))
+    assert_invariants(model)

@@ -12,7 +12,7 @@ import torch
 from offload_layers import AutoWrappedLinear, enable_vram_management
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Prefetcher
-from offload_layers.testing import CountingSource, residencies
+from offload_layers.testing import CountingSource, assert_invariants, residencies
 from torch import Tensor, nn
 
 LAYERS = 6
@@ -279,6 +279,21 @@ def test_a_forked_process_reads_by_itself(model: nn.Module) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_layer_that_is_read_and_then_called_is_fetched_once(model: nn.Module, source: Gate) -> None:
+    assert model[2].weight.dtype is torch.float32
+    assert model[2].weight.shape == (8, 8)
+    model[2](X)
+    model[2](X)
+    assert source.reads == ["2.weight"]
+    lent = residencies(model)[0].budget.statistics().lent_nbytes
+    model[3](X)
+    assert "weight" not in model[2].__dict__
+    assert residencies(model)[0].budget.statistics().lent_nbytes == lent - 8 * 8 * 4
+    assert model[2].weight is not None
+    model[2].offload()
+    assert_invariants(model)
 
 
 def test_copies_of_a_model_fetch_for_themselves(model: nn.Module, source: Gate) -> None:

@@ -16,7 +16,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from offload_layers._budget import Lease
+from offload_layers._changes import Fingerprint
 from offload_layers._order import ExecutionOrder
+
+MadeFrom = list[tuple[nn.Parameter, Fingerprint]]
 
 
 class Fetchable(Protocol):
@@ -29,11 +32,17 @@ class Fetchable(Protocol):
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
 
-    def at_rest(self) -> list[tuple[nn.Parameter, int]]:
-        """Return the parameters that a staged copy is made from, with their counts of in-place changes."""
+    def at_rest(self) -> MadeFrom:
+        """Return the parameters that a staged copy is made from, with their fingerprints."""
 
     def fetch(self) -> list[Tensor]:
         """Return the weights in the computation placement, without gradients; called on another thread."""
+
+    def enter(self) -> None:
+        """Stage the weights."""
+
+    def leave(self) -> None:
+        """End what ``enter`` began."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Fetched:
 class _Job:
     future: "Future[list[Tensor]]"
     lease: Lease
-    made_from: list[tuple[nn.Parameter, int]]
+    made_from: MadeFrom
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Prefetcher:
         self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
         self._jobs: dict[weakref.ref[Fetchable], _Job] = {}
         self._lock = threading.Lock()
+        self._held: weakref.ref[Fetchable] | None = None
         self._largest = 0
         self._executor: ThreadPoolExecutor | None = None
         self._pid = 0
@@ -116,6 +126,29 @@ class Prefetcher:
                 made_from = following.at_rest()  # noted before the fetch begins: see take()
                 self._jobs[reference] = _Job(self._pool().submit(following.fetch), lease, made_from)
 
+    def hold(self, layer: Fetchable) -> None:
+        """Keep *layer* staged until another layer is used: its weights are being read from outside."""
+        layer.enter()
+        with self._lock:
+            before, self._held = self._held, weakref.ref(layer)
+        self._leave(before)
+
+    def let_go(self, *, but: Fetchable | None = None) -> None:
+        """End what ``hold`` began, unless it is *but* that is held."""
+        if self._held is None:
+            return
+        with self._lock:
+            if self._held is None or (but is not None and self._held() is but):
+                return
+            before, self._held = self._held, None
+        self._leave(before)
+
+    @staticmethod
+    def _leave(held: "weakref.ref[Fetchable] | None") -> None:
+        layer = None if held is None else held()
+        if layer is not None:
+            layer.leave()
+
     def forget(self) -> None:
         """Drop everything that was fetched ahead."""
         with self._lock:
@@ -150,7 +183,7 @@ class Prefetcher:
             job.lease.give_back()
 
 
-def _same(before: list[tuple[nn.Parameter, int]], now: list[tuple[nn.Parameter, int]]) -> bool:
+def _same(before: MadeFrom, now: MadeFrom) -> bool:
     return len(before) == len(now) and all(
-        p is q and version == other for (p, version), (q, other) in zip(before, now, strict=True)
+        p is q and made_as == other for (p, made_as), (q, other) in zip(before, now, strict=True)
     )

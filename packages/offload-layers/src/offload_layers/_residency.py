@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget, Lease, budget_of
+from offload_layers._changes import Fingerprint, data_was_taken, fingerprint, watch
 from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched, Prefetcher
 from offload_layers._source import ReadsAhead, Source
 from offload_layers._state import State, check_legal
-from offload_layers._tiers import TierStack, version_of
+from offload_layers._tiers import TierStack
 from offload_layers._transfer import parameter_like
 from offload_layers._uncompiled import uncompiled
 from offload_layers._weight import Slot, Weight
@@ -68,6 +69,7 @@ class Residency:
         self._lock = threading.RLock()
         self._users = 0
         self._staged: Lease | None = None
+        self._staged_as: list[Fingerprint] = []
         self._staged_differentiable = False
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
@@ -143,10 +145,11 @@ class Residency:
 
     def offload(self) -> None:
         """Go to OFFLOAD, and bring the buffers home."""
+        if self._prefetcher is not None:
+            self._prefetcher.let_go()
+            self._prefetcher.forget()
         with self._lock:
             self.move_to(State.OFFLOAD)
-            if self._prefetcher is not None:
-                self._prefetcher.forget()
             home = self.policy.offload.device
             if not self._users:
                 self._move_buffers(torch.device("cpu") if home.type == "meta" else home)
@@ -167,6 +170,8 @@ class Residency:
     @uncompiled
     def enter(self) -> None:
         """Make the weights readable in the computation placement until ``leave``."""
+        if self._prefetcher is not None:
+            self._prefetcher.let_go(but=self)
         with self._lock:
             self._move_buffers(self.policy.computation.device)
             if self.state is State.OFFLOAD:
@@ -189,17 +194,30 @@ class Residency:
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._staged is not None:
+                changed = self._changed_copies()
                 if not self.resident:
                     self._hide()
                 self._staged.give_back()
                 self._staged = None
+                for weight, values in changed:
+                    self.replace(weight, parameter_like(weight.registered, values))
 
     @uncompiled
     def read(self, weight: Weight) -> Tensor:
-        """Return one weight as the layer would compute with it, for code that reads it from outside."""
+        """Return one weight as the layer would compute with it, for code that reads it from outside.
+
+        Such code often asks for a dtype first, then for the weight, then calls the layer. So the layer
+        stays staged until another one is used.
+        """
+        if self.is_open:
+            return weight.held
+        if self._prefetcher is not None:
+            self._prefetcher.hold(self)
         with self._lock:
             exposed = weight.exposed  # another thread may have staged it while this one waited
             if exposed is not None:
+                if self._staged is not None:
+                    watch(exposed)
                 return exposed
             placement = self.policy.computation
             return weight.computable(placement, self.source, differentiable=self._wants_gradients())
@@ -217,9 +235,9 @@ class Residency:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
         return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
 
-    def at_rest(self) -> list[tuple[nn.Parameter, int]]:
-        """Return the parameters that a staged copy is made from, with their counts of in-place changes."""
-        return [(w.registered, version_of(w.registered)) for w in self.weights]
+    def at_rest(self) -> list[tuple[nn.Parameter, Fingerprint]]:
+        """Return the parameters that a staged copy is made from, with their fingerprints."""
+        return [(w.registered, fingerprint(w.registered)) for w in self.weights]
 
     def fetch(self) -> list[Tensor]:
         """Return the weights in the computation placement, without gradients."""
@@ -251,20 +269,20 @@ class Residency:
             read: Fill in the values of weights on disk; otherwise those are uninitialised.
         """
         with self._lock, self._at_rest():
-            lent: list[tuple[Weight, nn.Parameter, nn.Parameter, int]] = []
+            lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint]] = []
             for weight in weights:
                 home = weight.registered
                 if home.is_meta:
                     values = weight.read(self.source) if read else torch.empty(home.shape, dtype=home.dtype)
                     weight.register(parameter_like(home, values))
-                lent.append((weight, home, weight.registered, version_of(weight.registered)))
+                lent.append((weight, home, weight.registered, fingerprint(weight.registered)))
             self.is_open = True
             try:
                 yield
             finally:
                 self.is_open = False
                 for weight, home, parameter, version in lent:
-                    untouched = weight.held is parameter and version_of(parameter) == version
+                    untouched = weight.held is parameter and fingerprint(parameter) == version
                     self._settle(weight, home if untouched else weight.held)
 
     def forget(self, weight: Weight, module: nn.Module) -> None:
@@ -280,6 +298,9 @@ class Residency:
 
         What is on disk comes to host memory if no placement is given.
         """
+        if self._prefetcher is not None:
+            self._prefetcher.let_go()
+            self._prefetcher.forget()
         with self._lock:
             if self._users:
                 raise IllegalTransitionError(f'layer "{self.name}" is computing and cannot be given back now')
@@ -294,8 +315,6 @@ class Residency:
             self._tiers.rehome(plain)
             if placement is not None:
                 self._move_buffers(placement.device)
-            if self._prefetcher is not None:
-                self._prefetcher.forget()
 
     # -- the mechanism ------------------------------------------------------------------------------
 
@@ -319,10 +338,12 @@ class Residency:
         self.budget.register(self)
 
     def _settle(self, weight: Weight, parameter: nn.Parameter) -> None:
-        """Make *parameter* the values at rest of *weight*, in the OFFLOAD placement unless that is disk."""
+        """Make *parameter* the values at rest of *weight*: in the OFFLOAD placement, or on the host."""
         weight.register(parameter)
         if not self.policy.offload.is_disk:
             parameter = weight.copy_to(self.policy.offload, self.source)
+        elif not parameter.is_meta:
+            parameter = weight.copy_to(Placement(torch.device("cpu")), self.source)
         self._tiers.set_home(weight, parameter)
 
     def _new_nbytes(self, placement: Placement) -> int:
@@ -368,16 +389,34 @@ class Residency:
                 fresh.give_back()
                 self._staged = None
             raise
-        for weight, tensor in zip(self.weights, staged, strict=True):
-            weight.stage(tensor)
-        self._staged_differentiable = differentiable
+        self._show(staged, differentiable)
 
     def _use(self, fetched: Fetched | None) -> None:
         """Take what was fetched ahead as the staged copy."""
         if fetched is not None:
-            for weight, tensor in zip(self.weights, fetched.tensors, strict=True):
-                weight.stage(tensor)
-            self._staged, self._staged_differentiable = fetched.lease, False
+            self._staged = fetched.lease
+            self._show(fetched.tensors, differentiable=False)
+
+    def _show(self, staged: list[Tensor], differentiable: bool) -> None:
+        for weight, tensor in zip(self.weights, staged, strict=True):
+            weight.stage(tensor)
+        self._staged_as = [fingerprint(tensor) for tensor in staged]
+        self._staged_differentiable = differentiable
+
+    def _changed_copies(self) -> list[tuple[Weight, Tensor]]:
+        """Return the staged weights which somebody has changed in place, with their new values."""
+        changed = []
+        for weight, made_as in zip(self.weights, self._staged_as, strict=True):
+            staged = weight.held
+            if staged is weight.registered:  # it has become resident meanwhile
+                continue
+            differs = fingerprint(staged) != made_as
+            if not differs and data_was_taken(staged):
+                fresh = weight.computable(self.policy.computation, self.source, differentiable=False)
+                differs = not torch.equal(staged, fresh)
+            if differs:
+                changed.append((weight, staged.detach()))
+        return changed
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Lease
+from offload_layers._changes import Fingerprint, fingerprint
 from offload_layers._placement import Placement
 from offload_layers._source import Source
 from offload_layers._transfer import parameter_like
@@ -26,12 +27,7 @@ from offload_layers._weight import Weight
 class _Tier:
     parameters: list[nn.Parameter]
     lease: Lease | None = None
-    versions: list[int] = field(default_factory=list)  # in-place changes counted when the copy was made
-
-
-def version_of(parameter: nn.Parameter) -> int:
-    """How often the parameter was changed in place; a tensor made under inference mode does not count."""
-    return 0 if parameter.is_inference() else parameter._version
+    made_as: list[Fingerprint] = field(default_factory=list)  # when the copies were made
 
 
 class TierStack:
@@ -69,7 +65,7 @@ class TierStack:
                 lease.give_back()
             raise
         self._register(parameters)
-        self._tiers.append(_Tier(list(parameters), lease, [version_of(p) for p in parameters]))
+        self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
 
     def pop(self) -> None:
         """Drop the copies on top, keeping what was changed in them."""
@@ -96,7 +92,7 @@ class TierStack:
         """Return a weight's values at rest, in the dtype in which they are kept."""
         index = self._weights.index(weight)
         tier = self._tiers[-1]
-        if tier.versions and version_of(tier.parameters[index]) != tier.versions[index]:
+        if tier.made_as and fingerprint(tier.parameters[index]) != tier.made_as[index]:
             return tier.parameters[index]
         home = self._tiers[0].parameters[index]
         return weight.read(source) if home.is_meta else home
@@ -105,7 +101,7 @@ class TierStack:
         """Drop one weight from all tiers."""
         index = self._weights.index(weight)
         for tier in self._tiers:
-            del tier.parameters[index : index + 1], tier.versions[index : index + 1]
+            del tier.parameters[index : index + 1], tier.made_as[index : index + 1]
 
     def abandon(self) -> None:
         """Give all borrowed bytes back and drop all copies; nothing is left to be used."""
@@ -122,11 +118,11 @@ class TierStack:
                 parameter.requires_grad_(trains)
 
     def _write_back(self, tier: _Tier) -> None:
-        for i, (parameter, version) in enumerate(zip(tier.parameters, tier.versions, strict=True)):
+        for i, (parameter, made_as) in enumerate(zip(tier.parameters, tier.made_as, strict=True)):
             below = self._tiers[-2].parameters[i]
             if parameter is below:
                 continue
-            if version_of(parameter) != version:
+            if fingerprint(parameter) != made_as:
                 device = torch.device("cpu") if below.is_meta else below.device
                 values = parameter.detach().to(device, below.dtype, copy=True)
                 if below.is_meta:  # from now on these values are at home in host memory
@@ -134,6 +130,7 @@ class TierStack:
                     for lower in self._tiers[:-1]:
                         lower.parameters[i] = kept if lower.parameters[i] is below else lower.parameters[i]
                 else:
-                    below.data.copy_(values)
+                    with torch.no_grad():
+                        below.copy_(values)  # counted as a change of that copy, which is passed on in turn
             if parameter.grad is not None and not below.is_meta:
                 below.grad = parameter.grad.to(below.device, below.dtype)

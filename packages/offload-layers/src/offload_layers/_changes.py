@@ -1,0 +1,44 @@
+"""Noticing that somebody has changed a copy of a weight, so that the change is not dropped with the copy.
+
+torch counts the in-place changes of a tensor, and its address tells whether ``.data`` was replaced. A change
+through ``.data`` (``weight.data += delta``, as adapters are merged by some libraries) leaves no trace; so a
+copy that outsiders can reach is watched for being asked for its ``.data``, and then compared.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Fingerprint = tuple[int, int]
+
+
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """Return what an in-place change of *tensor* alters: the count of changes, and the address."""
+    # a tensor made under inference mode does not count its changes
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+class WatchedParameter(nn.Parameter):
+    """A parameter that remembers whether its ``.data`` was asked for."""
+
+    @property
+    def data(self) -> Any:
+        """The values, outside of autograd and of the count of changes."""
+        self.__dict__["_data_was_taken"] = True
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        torch._C.TensorBase.data.__set__(self, values)  # type: ignore[attr-defined]
+
+
+def watch(tensor: Tensor) -> None:
+    """Remember from now on whether ``tensor.data`` is asked for; only plain parameters can be watched."""
+    if type(tensor) is nn.Parameter:
+        tensor.__class__ = WatchedParameter
+
+
+def data_was_taken(tensor: Tensor) -> bool:
+    """Say whether values may have been changed through ``.data``."""
+    return isinstance(tensor, WatchedParameter) and "_data_was_taken" in tensor.__dict__
