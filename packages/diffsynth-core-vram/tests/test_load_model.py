@@ -230,6 +230,7 @@ def test_parameters_outside_layers_compute_in_the_dtype_of_the_layers(plain, fil
     assert torch.equal(model.scale, plain.scale.to(torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_modules_that_rename_their_entries_are_heard(tmp_path):
     def weight_normed():
         return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
