@@ -1,6 +1,5 @@
-"""``load_model`` on small models: what is loaded, what is refused, and how much memory that takes."""
+"""``load_model`` on small models: what is loaded, and what is refused."""
 
-import weakref
 from collections.abc import Mapping
 
 import pytest
@@ -362,90 +361,3 @@ def test_quantize_is_not_ignored(file):
         NotImplementedError, match="load_model cannot load quantized models yet; got quantize='int8'"
     ):
         load_model(Net, file, quantize="int8")
-
-
-# -- how much memory ------------------------------------------------------------------------------------
-
-
-class Counting(Mapping):
-    """Gives a new tensor at each reading, and counts how many of them live at once."""
-
-    def __init__(self, state):
-        self.state = state
-        self.alive = self.most = self.reads = 0
-
-    def __getitem__(self, name):
-        tensor = self.state[name].clone()
-        self.reads += 1
-        self.alive += 1
-        self.most = max(self.most, self.alive)
-        weakref.finalize(tensor.untyped_storage(), self._gone)
-        return tensor
-
-    def _gone(self):
-        self.alive -= 1
-
-    def __iter__(self):
-        return iter(self.state)
-
-    def __len__(self):
-        return len(self.state)
-
-    def __contains__(self, name):
-        return name in self.state
-
-    def info(self, name):
-        return self.state[name]
-
-
-@pytest.fixture
-def layers():
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
-
-
-def six_layers():
-    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
-
-
-def test_what_is_read_is_what_the_model_holds(layers):
-    given = []
-
-    class Source(Counting):
-        def __getitem__(self, name):
-            given.append(super().__getitem__(name))
-            return given[-1]
-
-    model = load_model(six_layers, "", torch_dtype=None, state_dict=Source(layers.state_dict()))
-    assert {p.data_ptr() for p in model.parameters()} == {t.data_ptr() for t in given}
-    assert len(given) == 6
-
-
-@pytest.mark.parametrize("managed", [False, True], ids=["plain", "managed"])
-def test_conversion_holds_one_tensor_twice(layers, managed):
-    source = Counting(layers.state_dict())
-    options = (
-        {"module_map": {nn.Linear: AutoWrappedLinear}, "vram_config": everywhere("cpu", FP8)}
-        if managed
-        else {}
-    )
-    model = load_model(six_layers, "", torch_dtype=torch.bfloat16, state_dict=source, **options)
-    assert {p.dtype for p in model.parameters()} == {FP8 if managed else torch.bfloat16}
-    assert source.reads == 6
-    assert source.most == 1
-
-
-# -- progress -------------------------------------------------------------------------------------------
-
-
-def test_progress_is_shown_on_a_terminal(file, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    load_model(Net, file)
-    shown = capsys.readouterr().err
-    assert "Loading Net: 100%" in shown
-    assert "B/s" in shown
-
-
-def test_no_progress_in_a_log_file(file, capsys):
-    load_model(Net, file)
-    assert capsys.readouterr() == ("", "")
