@@ -152,7 +152,8 @@ class Reader:
             buffer = self.pool.take(nbytes)
             if buffer is not None:
                 return tensor_over(buffer, dtype, layout.shape)
-        return torch.empty(layout.shape, dtype=dtype, pin_memory=pin)
+        # by way of `view`, since `empty` computes strides that overflow for shapes such as [0, 2**40, 2**40]
+        return torch.empty(layout.numel, dtype=dtype, pin_memory=pin).view(layout.shape)
 
     def _fill(self, file: File, offset: int, layout: Layout, stored: torch.dtype, out: Tensor) -> None:
         """Read into a contiguous CPU tensor, in pieces spread over the threads."""

@@ -61,9 +61,9 @@ def _load_whole(file: File, reason: str) -> Any:
         stacklevel=2,
     )
     try:
-        with io.FileIO(os.dup(file.open().fd)) as raw:
+        with open(os.dup(file.open().fd), "rb") as raw:
             raw.seek(0)
-            tree = torch.load(io.BufferedReader(raw), map_location="cpu", weights_only=True)
+            tree = torch.load(raw, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise _unpickling_error(file, error) from error
     file.check_unchanged(file.open())

@@ -36,17 +36,15 @@ def write_safetensors(
         UnsupportedTensorError: a dtype that the format does not have.
         ValueError: *read* returns something else than was described.
     """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name][0].itemsize, name)
-    )  # wide first keeps all aligned
+    # wide elements first: then every tensor is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     with _replacing(path) as file:
         file.write(_header(names, tensors, metadata))
         for name in names:
             tensor = read(name).detach().cpu().contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
-                raise ValueError(
-                    f'tensor "{name}" is {tensor.dtype} {list(tensor.shape)}; said {tensors[name]}'
-                )
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f'tensor "{name}" is {found}; it was described as {tensors[name]}')
             if tensor.numel():
                 file.write(bytes_of(tensor))
 

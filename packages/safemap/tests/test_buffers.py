@@ -1,0 +1,113 @@
+"""The pool: what it lends, keeps and gives back."""
+
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+from safemap._buffers import HUGE_PAGE, MIB, BufferPool, bytes_of, round_up, tensor_over
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's allocator is used")
+
+
+def take(pool: BufferPool, nbytes: int) -> torch.Tensor:
+    view = pool.take(nbytes)
+    assert view is not None
+    return tensor_over(view, torch.uint8, (nbytes,))
+
+
+def test_memory_is_used_again() -> None:
+    pool = BufferPool(8 * MIB)
+    first = take(pool, 8 * MIB)
+    address = first.data_ptr()
+    second = take(pool, 8 * MIB)
+    assert second.data_ptr() != address
+    del first
+    assert take(pool, 8 * MIB).data_ptr() == address
+
+
+def test_a_view_keeps_the_memory() -> None:
+    pool = BufferPool(8 * MIB)
+    whole = take(pool, 8 * MIB)
+    whole.fill_(7)
+    part = whole[100:200].view(10, 10)
+    del whole
+    gc.collect()
+    take(pool, 8 * MIB).fill_(9)
+    assert bool((part == 7).all())
+
+
+def test_a_sweep_peaks_at_the_largest_tensor_and_slack() -> None:
+    sizes = [113, 5, 56, 28, 9, 85, 113, 1, 18, 56] * 5
+    pool = BufferPool(113 * MIB)
+    highest = 0
+    for size in sizes:
+        tensor = take(pool, size * MIB)
+        highest = max(highest, pool.resident_nbytes)
+        del tensor
+    assert highest <= (113 + 32) * MIB + HUGE_PAGE
+
+
+def test_everything_alive_at_once_then_gone() -> None:
+    pool = BufferPool(16 * MIB)
+    held = [take(pool, size * MIB) for size in (16, 4, 8, 16, 12)]
+    total = sum(tensor.nbytes for tensor in held)
+    assert total <= pool.resident_nbytes <= total + len(held) * HUGE_PAGE
+    held.clear()
+    gc.collect()
+    assert pool.resident_nbytes <= 32 * MIB
+
+
+def test_a_much_larger_buffer_gives_its_tail_back() -> None:
+    pool = BufferPool(100 * MIB, slack=4 * MIB)
+    del_me = take(pool, 100 * MIB)
+    del del_me
+    small = [take(pool, 60 * MIB)]
+    assert pool.resident_nbytes <= 104 * MIB
+    small.append(take(pool, 60 * MIB))
+    assert pool.resident_nbytes <= 124 * MIB + HUGE_PAGE + 40 * MIB
+    for number, tensor in enumerate(small):
+        tensor.fill_(number)
+    assert [int(tensor[-1]) for tensor in small] == [0, 1]
+
+
+def test_drop_free() -> None:
+    pool = BufferPool(8 * MIB)
+    kept = take(pool, 8 * MIB)
+    gone = take(pool, 8 * MIB)
+    del gone
+    pool.drop_free()
+    assert pool.resident_nbytes == 8 * MIB
+    del kept
+    assert pool.resident_nbytes == 0
+
+
+def test_tensors_die_in_other_threads() -> None:
+    pool = BufferPool(2 * MIB)
+
+    def work() -> None:
+        for value in range(100):
+            tensor = take(pool, 2 * MIB)
+            tensor.fill_(value)
+            assert int(tensor[0]) == int(tensor[-1]) == value
+            del tensor
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pool.resident_nbytes <= (4 * 2 + 32) * MIB
+
+
+def test_bytes_of() -> None:
+    tensor = torch.zeros(3, dtype=torch.int16)
+    bytes_of(tensor)[2:4] = b"\x01\x02"
+    assert tensor.tolist() == [0, 0x0201, 0]
+    with pytest.raises(ValueError, match="expected a contiguous CPU tensor"):
+        bytes_of(torch.zeros(2, 2).t())
+
+
+def test_round_up() -> None:
+    assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]

@@ -1,0 +1,310 @@
+"""Values: dtypes, destinations, parts, threads, memory."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safemap import ConverterError, DiskMap, MismatchError, UnsupportedTensorError, load_state_dict
+from safemap._dtypes import TORCH_DTYPES
+from safemap.testing import assert_same, safetensors_bytes
+from torch import Tensor
+
+FLOATS = [dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize > 1]
+EIGHT_BITS = [
+    dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize == 1
+    and dtype is not getattr(torch, "float4_e2m1fn_x2", None)
+]  # fmt: skip
+
+
+def every_bit_pattern(dtype: torch.dtype) -> Tensor:
+    """Every value of an 8-bit dtype, and of a 16-bit one; random bits of wider ones."""
+    if dtype.itemsize == 1:
+        return torch.arange(256).to(torch.uint8).view(dtype)
+    if dtype.itemsize == 2:
+        return torch.arange(-32768, 32768).to(torch.int16).view(dtype)
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randint(-(2**31), 2**31, (4096 * dtype.itemsize // 4,), generator=generator).int().view(dtype)
+    )
+
+
+def assert_same_values(found: Tensor, expected: Tensor) -> None:
+    """As ``assert_same``, but one NaN is as good as another."""
+    assert found.dtype == expected.dtype
+    missing = expected.float().isnan()
+    assert torch.equal(found.float().isnan(), missing)
+    assert_same(found[~missing], expected[~missing])
+
+
+@pytest.mark.parametrize("to", FLOATS, ids=str)
+@pytest.mark.parametrize("stored", [*EIGHT_BITS, *FLOATS], ids=str)
+def test_conversion_while_reading_is_that_of_torch(stored, to, tmp_path: Path, save) -> None:
+    """Bit for bit, at sizes below and above the pieces in which large tensors are read."""
+    patterns = every_bit_pattern(stored)
+    large = patterns.repeat(-(-1_100_000 // len(patterns)))[:1_100_003]
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", {"small": patterns, "large": large}), torch_dtype=to)
+    for name, tensor in (("small", patterns), ("large", large)):
+        assert_same_values(disk_map[name], tensor.to(to))
+
+
+def test_integers_are_converted_too(tmp_path: Path, save) -> None:
+    path = save(tmp_path / "m.safetensors", {"i": torch.arange(5), "b": torch.tensor([True, False])})
+    disk_map = DiskMap(path, torch_dtype=torch.float16)
+    assert_same(disk_map["i"], torch.arange(5).half())
+    assert_same(disk_map["b"], torch.tensor([1.0, 0.0]).half())
+
+
+def test_complex_to_real_is_refused(path: str) -> None:
+    with pytest.raises(MismatchError) as error:
+        DiskMap(path, torch_dtype=torch.float32)["spectrum"]
+    assert str(error.value) == (
+        'tensor "spectrum" is torch.complex64; torch.float32 would drop its imaginary part. Read it as stored.'
+    )
+    with pytest.raises(MismatchError):
+        DiskMap(path).read_into("spectrum", torch.empty(5))
+
+
+def test_dtype_that_torch_lacks(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
+    (tmp_path / "m.safetensors").write_bytes(safetensors_bytes(header, b"abc"))
+    disk_map = DiskMap(tmp_path / "m.safetensors")
+    for use in (disk_map.__getitem__, disk_map.info, disk_map.slice):
+        with pytest.raises(
+            UnsupportedTensorError, match=r'tensor "a" of .* has dtype F6_E2M3 and shape \[4\]'
+        ):
+            use("a")
+    assert disk_map.nbytes("a") == 3
+
+
+# ---------------------------------------------------------------------- read_into
+
+
+@pytest.mark.parametrize("name", ["blocks.0.weight", "embedding", "scale", "empty", "ids"])
+def test_read_into(name: str, path: str, tensors: dict[str, Tensor]) -> None:
+    out = torch.full_like(tensors[name], 1)
+    assert DiskMap(path).read_into(name, out) is out
+    assert_same(out, tensors[name])
+
+
+def test_read_into_another_dtype(path: str, tensors: dict[str, Tensor]) -> None:
+    """The destination decides, not the dtype of the map."""
+    out = torch.empty(1200, 1000, dtype=torch.float64)
+    DiskMap(path, torch_dtype=torch.float16).read_into("embedding", out)
+    assert_same(out, tensors["embedding"].double())
+
+
+def test_read_into_a_view(path: str, tensors: dict[str, Tensor]) -> None:
+    """Contiguous or not, only the view is written."""
+    rows = torch.zeros(66, 32)
+    DiskMap(path).read_into("blocks.0.weight", rows[1:65])
+    assert_same(rows[1:65], tensors["blocks.0.weight"])
+    assert not rows[0].any()
+    assert not rows[65].any()
+    columns = torch.zeros(64, 64)
+    DiskMap(path).read_into("blocks.0.weight", columns[:, ::2])
+    assert_same(columns[:, ::2], tensors["blocks.0.weight"])
+    assert not columns[:, 1::2].any()
+
+
+def test_read_into_a_parameter(path: str, tensors: dict[str, Tensor]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        parameter = torch.nn.Parameter(torch.zeros(64, 32, dtype=dtype))
+        DiskMap(path).read_into("blocks.0.weight", parameter)
+        assert_same(parameter.detach(), tensors["blocks.0.weight"].to(dtype))
+
+
+def test_read_into_the_wrong_shape(path: str) -> None:
+    out = torch.zeros(32, 64)
+    with pytest.raises(MismatchError) as error:
+        DiskMap(path).read_into("blocks.0.weight", out)
+    assert str(error.value) == 'tensor "blocks.0.weight" has shape [64, 32]; the destination has [32, 64]'
+    assert not out.any()
+
+
+# ---------------------------------------------------------------------- parts
+
+CUTS = [
+    0,
+    -1,
+    slice(None),
+    slice(1, 3),
+    slice(2),
+    slice(-2, None),
+    slice(3, 1),
+    slice(0, 100),
+    slice(None, None, 2),
+]
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 5, 6)], ids=str)
+def test_every_part(shape: tuple[int, ...], tmp_path: Path, save) -> None:
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape)
+    part = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor})).slice("t")
+    for key in itertools.chain.from_iterable(
+        itertools.product(CUTS, repeat=n) for n in range(len(shape) + 1)
+    ):
+        assert_same(part[key], tensor[key])
+        assert_same(part[(..., *key)], tensor[(..., *key)])
+
+
+def test_part_of_a_scalar(path: str, tensors: dict[str, Tensor]) -> None:
+    assert_same(DiskMap(path).slice("scale")[()], tensors["scale"])
+    assert_same(DiskMap(path).slice("scale")[...], tensors["scale"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        slice(100, 900),
+        (slice(None), slice(10, 20)),
+        (slice(3, 5), slice(10, 900)),
+        (slice(None), slice(0, 999)),
+        3,
+    ],
+    ids=["rows", "narrow columns", "wide block", "most columns", "row"],
+)
+def test_parts_of_a_large_tensor(key, path: str, tensors: dict[str, Tensor]) -> None:
+    for dtype in (None, torch.float32):
+        found = DiskMap(path, torch_dtype=dtype).slice("embedding")[key]
+        assert_same(found, tensors["embedding"][key].to(dtype or torch.bfloat16))
+        assert found.untyped_storage().nbytes() == found.nbytes
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (64, IndexError, "index 64 is out of range for dimension 0 (64)"),
+        ((0, -33), IndexError, "index -33 is out of range for dimension 1 (32)"),
+        ((0, 0, 0), IndexError, "has 2 dimensions; the index has 3"),
+        ((..., ...), IndexError, 'an index can have only one "..."'),
+        (slice(None, None, -1), ValueError, "the step of a slice must be positive; got -1"),
+        (None, TypeError, 'only integers, slices and "..." can index it; got None'),
+        (True, TypeError, 'only integers, slices and "..." can index it; got True'),
+        ("a", TypeError, "can index it; got 'a'"),
+    ],
+    ids=["beyond", "below", "too many", "two ellipses", "backwards", "None", "bool", "str"],
+)
+def test_bad_index(key, error: type[Exception], message: str, path: str) -> None:
+    with pytest.raises(error) as raised:
+        DiskMap(path).slice("blocks.0.weight")[key]
+    assert message in str(raised.value)
+    assert '"blocks.0.weight"' in str(raised.value)
+
+
+def test_a_slice_tells_what_it_is(path: str) -> None:
+    part = DiskMap(path).slice("blocks.0.weight")
+    assert (part.shape, part.dtype) == (torch.Size([64, 32]), torch.float32)
+    assert repr(part) == "<TensorSlice 'blocks.0.weight' torch.float32 [64, 32]>"
+
+
+def test_only_the_bytes_of_a_part_are_read(tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safemap import _file
+
+    tensor = torch.arange(1_000_000).view(1000, 1000)
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor}))
+    read: list[int] = []
+    original = _file.read_at
+
+    def counting(fd: int, view: memoryview, offset: int) -> int:
+        read.append(len(view))
+        return original(fd, view, offset)
+
+    monkeypatch.setattr(_file, "read_at", counting)
+    assert_same(disk_map.slice("t")[10:20], tensor[10:20])
+    assert sum(read) == 80_000
+    read.clear()
+    wide = torch.arange(4_000_000).view(1000, 4000)
+    other = DiskMap(save(tmp_path / "w.safetensors", {"t": wide}))
+    read.clear()
+    assert_same(other.slice("t")[:, 1000:2000], wide[:, 1000:2000])
+    assert sum(read) == 8_000_000
+
+
+# ---------------------------------------------------------------------- device, threads
+
+
+def test_device(device: torch.device, path: str, tensors: dict[str, Tensor]) -> None:
+    for dtype in (None, torch.float16, torch.float64):
+        disk_map = DiskMap(path, device, torch_dtype=dtype)
+        for name in ("blocks.0.weight", "embedding", "ids", "empty", "eight.bits"):
+            found = disk_map[name]
+            assert found.device.type == device.type
+            assert_same(found, tensors[name].to(dtype or tensors[name].dtype))
+        assert disk_map.slice("embedding")[3:5].device.type == device.type
+    out = torch.empty(1200, 1000, dtype=torch.bfloat16, device=device)
+    assert_same(DiskMap(path).read_into("embedding", out), tensors["embedding"])
+
+
+def test_ways_to_name_a_device(path: str) -> None:
+    assert DiskMap(path, "cpu").device == DiskMap(path, torch.device("cpu")).device == torch.device("cpu")
+    assert DiskMap(path, "meta")["embedding"].device.type == "meta"
+
+
+@pytest.mark.cuda
+def test_device_index(path: str, tensors: dict[str, Tensor]) -> None:
+    assert_same(DiskMap(path, 0)["embedding"], tensors["embedding"])
+    assert DiskMap(path, pin_memory=True)["embedding"].is_pinned()
+
+
+def test_threads_share_a_map(path: str, tensors: dict[str, Tensor]) -> None:
+    disk_map = DiskMap(path)
+    work = [name for name in tensors for _ in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        for name, found in zip(work, pool.map(disk_map.__getitem__, work), strict=True):
+            assert_same(found, tensors[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_one_tensor_by_several_threads(threads: int, tmp_path: Path, save) -> None:
+    tensor = torch.arange(5_000_000)  # 40 MB: five pieces
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor}), threads=threads)
+    assert_same(disk_map["t"], tensor)
+    assert_same(DiskMap(disk_map.files, torch_dtype=torch.float64, threads=threads)["t"], tensor.double())
+
+
+# ---------------------------------------------------------------------- converters, load_state_dict
+
+
+def test_two_names_for_one_tensor(path: str, tensors: dict[str, Tensor]) -> None:
+    disk_map = DiskMap(
+        path, state_dict_converter=lambda sd: {"head": sd["embedding"], "tail": sd["embedding"]}
+    )
+    assert list(disk_map) == ["head", "tail"]
+    assert disk_map.info("head") == disk_map.info("tail")
+    assert_same(disk_map["tail"], tensors["embedding"])
+    assert "embedding" not in disk_map
+
+
+def test_load_state_dict(path: str, tensors: dict[str, Tensor]) -> None:
+    loaded = load_state_dict(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert_same(loaded[name], tensor)
+    del loaded["spectrum"]
+
+
+def test_load_state_dict_logs_or_draws_progress(path: str, caplog, monkeypatch, capsys) -> None:
+    import sys
+
+    load_state_dict(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
+    with caplog.at_level("INFO", logger="safemap.load"):
+        load_state_dict(path, verbose=1)
+    assert caplog.messages[-1] == "Loading: 3,249,502 of 3,249,502 bytes"
+
+
+def test_a_converter_that_fails_is_named(path: str) -> None:
+    def fails(state_dict: dict) -> dict:
+        raise KeyError("model.diffusion_model")
+
+    with pytest.raises(ConverterError, match=r"fails .*KeyError: 'model.diffusion_model'"):
+        DiskMap(path, state_dict_converter=fails)
+
+
+@pytest.mark.parametrize("result", [None, 3, ["a"]])
+def test_a_converter_that_returns_no_dict_is_named(result: object, path: str) -> None:
+    with pytest.raises(ConverterError, match="must return a dict; got"):
+        DiskMap(path, state_dict_converter=lambda sd: result)
