@@ -353,8 +353,11 @@ class Residency:
         return sum(w.nbytes_in(placement) for w in self.weights if not placement.holds(w.registered))
 
     def _push(self, placement: Placement, lease: Lease | None) -> None:
-        self._tiers.push(placement, self.source, lease)
-        self._expose_if_resident()
+        self._hide()
+        try:
+            self._tiers.push(placement, self.source, lease)
+        finally:
+            self._expose_if_resident()
 
     def _drop_to(self, state: State) -> None:
         while self._tiers.height > _HEIGHT[state]:

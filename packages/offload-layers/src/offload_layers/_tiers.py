@@ -91,9 +91,9 @@ class TierStack:
     def values(self, weight: Weight, source: Source | None) -> Tensor:
         """Return a weight's values at rest, in the dtype in which they are kept."""
         index = self._weights.index(weight)
-        tier = self._tiers[-1]
-        if tier.made_as and fingerprint(tier.parameters[index]) != tier.made_as[index]:
-            return tier.parameters[index]
+        for tier in reversed(self._tiers[1:]):  # a copy above one that was changed has the change too
+            if fingerprint(tier.parameters[index]) != tier.made_as[index]:
+                return tier.parameters[index]
         home = self._tiers[0].parameters[index]
         return weight.read(source) if home.is_meta else home
 
