@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget, Lease, budget_of
-from offload_layers._changes import Fingerprint, data_was_taken, fingerprint, watch
+from offload_layers._changes import Fingerprint, fingerprint, watch
 from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
-from offload_layers._prefetch import Fetched, Prefetcher
+from offload_layers._prefetch import Prefetcher
 from offload_layers._source import ReadsAhead, Source
+from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack
 from offload_layers._transfer import parameter_like
@@ -68,9 +69,7 @@ class Residency:
         self._prefetcher = prefetcher
         self._lock = threading.RLock()
         self._users = 0
-        self._staged: Lease | None = None
-        self._staged_as: list[Fingerprint] = []
-        self._staged_differentiable = False
+        self._staged: StagedCopy | None = None
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
         self._register_with_budget()
@@ -88,7 +87,7 @@ class Residency:
     @property
     def leased_nbytes(self) -> int:
         """Bytes that the layer has borrowed from its budget."""
-        return self._tiers.leased_nbytes + (self._staged.nbytes if self._staged is not None else 0)
+        return self._tiers.leased_nbytes + (self._staged.lease.nbytes if self._staged is not None else 0)
 
     # -- changing the state -------------------------------------------------------------------------
 
@@ -180,10 +179,10 @@ class Residency:
                 self.try_prepare()
             if not self.resident:
                 differentiable = self._wants_gradients()
-                if self._staged is None and not differentiable and self._prefetcher is not None:
-                    self._use(self._prefetcher.take(self))
-                if self._staged is None or (differentiable and not self._staged_differentiable):
-                    self._stage(differentiable)
+                if self._staged is None and not differentiable:
+                    self._staged = self._take_prefetched()
+                if self._staged is None or (differentiable and not self._staged.is_differentiable):
+                    self._staged = self._stage(differentiable)
                 if self._prefetcher is not None:
                     self._prefetcher.start_after(self)
             self._users += 1
@@ -194,10 +193,10 @@ class Residency:
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._staged is not None:
-                changed = self._changed_copies()
+                changed = self._staged.changed(self.weights, self._computable)
                 if not self.resident:
                     self._hide()
-                self._staged.give_back()
+                self._staged.lease.give_back()
                 self._staged = None
                 for weight, values in changed:
                     self.replace(weight, parameter_like(weight.registered, values))
@@ -219,8 +218,7 @@ class Residency:
                 if self._staged is not None:
                     watch(exposed)
                 return exposed
-            placement = self.policy.computation
-            return weight.computable(placement, self.source, differentiable=self._wants_gradients())
+            return self._computable(weight, differentiable=self._wants_gradients())
 
     # -- being fetched ahead: read by the prefetcher without this layer's lock -----------------------
 
@@ -241,10 +239,9 @@ class Residency:
 
     def fetch(self) -> list[Tensor]:
         """Return the weights in the computation placement, without gradients."""
-        placement, source = self.policy.computation, self.source
-        if isinstance(source, ReadsAhead):
-            source.prefetch([w.name for w in self.weights if w.registered.is_meta])
-        return [weight.computable(placement, source, differentiable=False) for weight in self.weights]
+        if isinstance(self.source, ReadsAhead):
+            self.source.prefetch([w.name for w in self.weights if w.registered.is_meta])
+        return [self._computable(weight) for weight in self.weights]
 
     # -- values -------------------------------------------------------------------------------------
 
@@ -378,48 +375,27 @@ class Residency:
         for weight in self.weights:
             weight.hide()
 
-    def _stage(self, differentiable: bool) -> None:
-        placement = self.policy.computation
-        fresh = None
-        if self._staged is None:
-            fresh = self._staged = self.budget.borrow(self, self._new_nbytes(placement), limit=self.limit)
+    def _computable(self, weight: Weight, *, differentiable: bool = False) -> Tensor:
+        return weight.computable(self.policy.computation, self.source, differentiable=differentiable)
+
+    def _stage(self, differentiable: bool) -> StagedCopy:
+        """Make a copy for the time of a computation, in place of the one that there may be."""
+        nbytes = self._new_nbytes(self.policy.computation)
+        before = self._staged
+        lease = before.lease if before else self.budget.borrow(self, nbytes, limit=self.limit)
         try:
-            staged = [
-                w.computable(placement, self.source, differentiable=differentiable) for w in self.weights
-            ]
+            tensors = [self._computable(weight, differentiable=differentiable) for weight in self.weights]
         except BaseException:
-            if fresh is not None:
-                fresh.give_back()
-                self._staged = None
+            if before is None:
+                lease.give_back()
             raise
-        self._show(staged, differentiable)
+        return StagedCopy.show(self.weights, tensors, lease, differentiable=differentiable)
 
-    def _use(self, fetched: Fetched | None) -> None:
-        """Take what was fetched ahead as the staged copy."""
-        if fetched is not None:
-            self._staged = fetched.lease
-            self._show(fetched.tensors, differentiable=False)
-
-    def _show(self, staged: list[Tensor], differentiable: bool) -> None:
-        for weight, tensor in zip(self.weights, staged, strict=True):
-            weight.stage(tensor)
-        self._staged_as = [fingerprint(tensor) for tensor in staged]
-        self._staged_differentiable = differentiable
-
-    def _changed_copies(self) -> list[tuple[Weight, Tensor]]:
-        """Return the staged weights which somebody has changed in place, with their new values."""
-        changed = []
-        for weight, made_as in zip(self.weights, self._staged_as, strict=True):
-            staged = weight.held
-            if staged is weight.registered:  # it has become resident meanwhile
-                continue
-            differs = fingerprint(staged) != made_as
-            if not differs and data_was_taken(staged):
-                fresh = weight.computable(self.policy.computation, self.source, differentiable=False)
-                differs = not torch.equal(staged, fresh)
-            if differs:
-                changed.append((weight, staged.detach()))
-        return changed
+    def _take_prefetched(self) -> StagedCopy | None:
+        fetched = self._prefetcher.take(self) if self._prefetcher is not None else None
+        if fetched is None:
+            return None
+        return StagedCopy.show(self.weights, fetched.tensors, fetched.lease, differentiable=False)
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)

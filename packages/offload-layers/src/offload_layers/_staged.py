@@ -1,0 +1,55 @@
+"""The copies of a layer's weights that live while the layer computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_layers._budget import Lease
+from offload_layers._changes import Fingerprint, data_was_taken, fingerprint
+from offload_layers._weight import Weight
+
+
+@dataclass
+class StagedCopy:
+    """What the model holds during a computation, in place of what it holds at rest.
+
+    Attributes:
+        lease: The bytes borrowed for it.
+        is_differentiable: Whether gradients flow through it to the parameters at rest.
+    """
+
+    lease: Lease
+    is_differentiable: bool
+    _made_as: list[Fingerprint]
+
+    @classmethod
+    def show(
+        cls, weights: list[Weight], tensors: list[Tensor], lease: Lease, *, differentiable: bool
+    ) -> "StagedCopy":
+        """Let the model hold *tensors*."""
+        for weight, tensor in zip(weights, tensors, strict=True):
+            weight.stage(tensor)
+        return cls(lease, differentiable, [fingerprint(tensor) for tensor in tensors])
+
+    def changed(
+        self, weights: list[Weight], fresh: Callable[[Weight], Tensor]
+    ) -> list[tuple[Weight, Tensor]]:
+        """Return the weights whose copies somebody has changed in place, with their new values.
+
+        Args:
+            weights: Those of `show`.
+            fresh: Makes a copy of a weight anew, to compare with where torch has not counted.
+        """
+        changed = []
+        for weight, made_as in zip(weights, self._made_as, strict=True):
+            staged = weight.held
+            if staged is weight.registered:  # the layer has become resident meanwhile
+                continue
+            differs = fingerprint(staged) != made_as
+            if not differs and data_was_taken(staged):
+                differs = not torch.equal(staged, fresh(weight))
+            if differs:
+                changed.append((weight, staged.detach()))
+        return changed
