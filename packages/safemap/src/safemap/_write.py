@@ -56,9 +56,7 @@ def _header(names: list[str], tensors: Mapping[str, Description], metadata: Mapp
         dtype, shape = tensors[name]
         code = CODES.get(dtype)
         if code is None:
-            raise UnsupportedTensorError(
-                f'tensor "{name}" is {dtype}, which the safetensors format does not have'
-            )
+            raise UnsupportedTensorError(f'tensor "{name}" is {dtype}, which safetensors files cannot hold')
         stop = start + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": code, "shape": unpack_shape(code, shape), "data_offsets": [start, stop]}
         start = stop

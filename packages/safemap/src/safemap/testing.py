@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from safemap._buffers import bytes_of
+
 __all__ = ["MappingTests", "assert_same", "safetensors_bytes", "sample_tensors"]
 
 
@@ -47,14 +49,8 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 def _bits(tensor: Tensor) -> bytes:
-    held = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return bytes(held.tolist()) if held.numel() < 4096 else _long_bits(held)
-
-
-def _long_bits(held: Tensor) -> bytes:
-    from safemap._buffers import bytes_of
-
-    return bytes(bytes_of(held))
+    held = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return bytes(bytes_of(held)) if held.numel() else b""
 
 
 def safetensors_bytes(header: Mapping[str, Any] | bytes | str, data: bytes = b"") -> bytes:
