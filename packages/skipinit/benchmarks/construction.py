@@ -130,16 +130,18 @@ def measure(contender: str, model: str, repeats: int) -> dict[str, Any]:
     """In this process: the first construction and the warm ones, seconds and peak extra bytes."""
     build, enter = MODELS[model](), CONTENDERS[contender]
     enter()  # its imports are not its construction time
-    seconds, peaks = [], []
+    seconds, cpu_seconds, peaks = [], [], []
     parameters = 0
     for _ in range(1 + repeats):
         gc.collect()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before, start = resident("VmRSS"), time.perf_counter()
+        before = resident("VmRSS")
+        start, cpu_start = time.perf_counter(), time.process_time()
         with enter():
             built = build()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         peak = resident("VmHWM")
         if before is not None and peak is not None:
             peaks.append(peak - before)
@@ -149,6 +151,7 @@ def measure(contender: str, model: str, repeats: int) -> dict[str, Any]:
         "parameters": parameters,
         "first_s": seconds[0],
         "warm_s": seconds[1:],
+        "warm_cpu_s": cpu_seconds[1:],
         "first_peak_extra_bytes": peaks[0] if peaks else None,
         "warm_peak_extra_bytes": max(peaks[1:], default=None),
     }
@@ -156,7 +159,10 @@ def measure(contender: str, model: str, repeats: int) -> dict[str, Any]:
 
 def in_fresh_process(contender: str, model: str, repeats: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", contender, model, str(repeats)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # waking idle threads costs more than small tensors do
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
@@ -193,6 +199,7 @@ def compare(models: list[str], rounds: int, repeats: int) -> list[dict[str, Any]
                     "parameters": measured[0]["parameters"],
                     "first_median_s": statistics.median(run["first_s"] for run in measured),
                     "warm_median_s": statistics.median(warm),
+                    "warm_cpu_median_s": statistics.median(s for run in measured for s in run["warm_cpu_s"]),
                     "warm_min_s": warm[0],
                     "warm_max_s": warm[-1],
                     "peak_extra_bytes": max(peaks, default=None),
@@ -201,20 +208,23 @@ def compare(models: list[str], rounds: int, repeats: int) -> list[dict[str, Any]
     return rows
 
 
+COLUMNS = {
+    "first ms": "first_median_s",
+    "warm ms": "warm_median_s",
+    "CPU ms": "warm_cpu_median_s",
+    "min ms": "warm_min_s",
+    "max ms": "warm_max_s",
+}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{'model':20}{'contender':14}{'first ms':>10}{'warm ms':>10}{'min ms':>9}{'max ms':>9}"
-        f"{'peak MB':>9}{'x skipinit':>12}"
-    ]
+    lines = [f"{'model':20}{'contender':14}" + "".join(f"{c:>10}" for c in (*COLUMNS, "peak MB", "x ours"))]
     ours = {row["model"]: row["warm_median_s"] for row in rows if row["contender"] == "skipinit"}
     for row in rows:
-        times = [1e3 * row[key] for key in ("first_median_s", "warm_median_s", "warm_min_s", "warm_max_s")]
+        times = "".join(f"{1e3 * row[key]:10.1f}" for key in COLUMNS.values())
         peak = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.1f}"
         ratio = row["warm_median_s"] / ours[row["model"]]
-        lines.append(
-            f"{row['model']:20}{row['contender']:14}{times[0]:10.1f}{times[1]:10.1f}{times[2]:9.1f}{times[3]:9.1f}"
-            f"{peak:>9}{ratio:12.2f}"
-        )
+        lines.append(f"{row['model']:20}{row['contender']:14}{times}{peak:>10}{ratio:10.2f}")
     return "\n".join(lines)
 
 

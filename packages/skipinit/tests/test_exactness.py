@@ -150,6 +150,7 @@ class Deferred(nn.Module):
         self.filled = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
         self.values = (torch.ones(3, 4) / 4**0.5, torch.zeros(2).add(1).half(), torch.full((3,), 7))
         self.more = torch.cat([torch.zeros(1), torch.ones(2)]).view(3, 1).expand(3, 2)
+        self.new = [self.scaled.new([1.0, 2.0]), torch.ones(2).new()]
         self.like = [torch.zeros_like(self.cast), self.scaled.new_ones(2), torch.full_like(self.scaled, 3)]
 
 

@@ -22,9 +22,8 @@ VALUES: dict[str, Callable[[], Tensor]] = {
     "filled": lambda: torch.zeros(HUGE, HUGE).normal_(std=0.02),
     "joined": lambda: torch.cat([torch.zeros(1, HUGE), torch.randn(HUGE, HUGE)]),
     "like": lambda: torch.zeros_like(torch.randn(HUGE, HUGE)),
-    "new": lambda: (
-        torch.empty(0, 1).new_zeros(2, 2) if False else torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE)
-    ),
+    "new": lambda: torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE),
+    "new_of_sizes": lambda: torch.ones(HUGE, HUGE).new(HUGE, HUGE),
 }
 
 INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {

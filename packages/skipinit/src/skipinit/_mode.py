@@ -125,6 +125,8 @@ class BlockMode(TorchFunctionMode):
         device = self.log.device_of(model)
         if device is None or not model.is_contiguous():
             return None
+        if function is Tensor.new and not (rest and all(type(size) is int for size in rest)):
+            return None  # made from data
         keywords = {"dtype": model.dtype, "device": device, **keywords}
         keywords.pop("memory_format", None)
         size = [model.size()] if function.__name__.endswith("_like") else []

@@ -92,6 +92,8 @@ LIKE: dict[Function, Function] = {
     if hasattr(owner, spelling)
 }
 
+LIKE[Tensor.new] = torch.empty  # if it is given sizes
+
 #: functions of one tensor and numbers whose result has that tensor's shape, strides and floating dtype
 ELEMENTWISE = _names(
     "add sub mul div true_divide neg abs sqrt exp log sin cos tanh sigmoid clamp clip __add__"
