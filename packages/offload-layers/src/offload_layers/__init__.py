@@ -2,6 +2,7 @@
 
 from offload_layers._errors import (
     BudgetError,
+    BudgetExceededError,
     ConfigError,
     IllegalTransitionError,
     MissingTensorError,
@@ -30,6 +31,7 @@ __all__ = [
     "AutoWrappedModule",
     "AutoWrappedNonRecurseModule",
     "BudgetError",
+    "BudgetExceededError",
     "ConfigError",
     "IllegalTransitionError",
     "LoRAHotLoadMixin",

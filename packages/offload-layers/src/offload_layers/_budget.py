@@ -9,16 +9,21 @@ Changing the books happens under one lock; moving tensors happens outside of it.
 """
 
 import itertools
+import logging
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from offload_layers._device import Memory, memory_of
-from offload_layers._errors import BudgetError
+from offload_layers._device import Memory, OutOfMemory, memory_of
+from offload_layers._errors import BudgetError, BudgetExceededError
+
+_log = logging.getLogger("offload_layers.budget")
+Result = TypeVar("Result")
 
 #: layers that pass through the device at once: one computes while the next is fetched
 IN_FLIGHT = 2
@@ -131,6 +136,26 @@ class Budget:
         left = sum(resident.try_demote() for resident in residents)
         self._memory.release_cached()
         return left
+
+    def retrying(self, attempt: Callable[[], Result], *, layer: str, doing: str) -> Result:
+        """Return ``attempt()``; if the device is full, make all residents leave and try once more.
+
+        Raises:
+            BudgetExceededError: there was no memory the second time either.
+        """
+        try:
+            return attempt()
+        except OutOfMemory:
+            left = self.demote_all()
+            _log.warning('out of memory on %s while %s "%s"; %d layers left', self.device, doing, layer, left)
+        try:
+            return attempt()
+        except OutOfMemory as error:
+            raise BudgetExceededError(
+                f'no memory on {self.device} for {doing} layer "{layer}", also after every layer that could '
+                f"leave had left: {str(error).splitlines()[0]} Make the input smaller, or manage smaller parts "
+                "of the model, so that less is on the device at once."
+            ) from error
 
     def statistics(self) -> BudgetStatistics:
         """Return a snapshot."""

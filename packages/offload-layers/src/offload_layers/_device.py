@@ -4,6 +4,9 @@ from typing import Protocol
 
 import torch
 
+#: what torch raises when a device has no memory left; torch before 2.5 has it under CUDA's name only
+OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
 
 class Memory(Protocol):
     """What a budget wants to know of a device, apart from its own books."""

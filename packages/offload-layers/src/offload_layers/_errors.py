@@ -17,6 +17,10 @@ class BudgetError(OffloadLayersError, MemoryError):
     """The books of a memory budget were misused: a second loan, or a loan given back twice."""
 
 
+class BudgetExceededError(OffloadLayersError, MemoryError):
+    """The device has no memory left for a layer, although every layer that could leave it has left."""
+
+
 class MissingTensorError(OffloadLayersError, KeyError):
     """The source has no tensor for a parameter that has no values of its own."""
 

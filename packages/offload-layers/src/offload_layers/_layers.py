@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offload_layers._device import OutOfMemory
 from offload_layers._errors import ConfigError
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import manage
@@ -142,13 +143,19 @@ class AutoTorchModule(ManagedModule):
     def _managed_forward(cls, own_forward: Forward) -> Forward:
         def forward(self: AutoTorchModule, *args: Any, **kwargs: Any) -> Any:
             residency = self.__dict__["_residency"]
-            if residency.resident:
-                return own_forward(self, *args, **kwargs)
-            residency.enter()
             try:
-                return own_forward(self, *args, **kwargs)
-            finally:
-                residency.leave()
+                if residency.resident:
+                    return own_forward(self, *args, **kwargs)
+                residency.enter()
+                try:
+                    return own_forward(self, *args, **kwargs)
+                finally:
+                    residency.leave()
+            except OutOfMemory:
+                if residency.buffers:  # forward may have written to them: running it twice is not the same
+                    raise
+            # outside of `except`, which would keep alive what the failed forward has allocated
+            return residency.compute_again(lambda: own_forward(self, *args, **kwargs))
 
         return forward
 

@@ -7,9 +7,9 @@ calling it cost nothing more than on a plain layer. Otherwise ``enter`` stages c
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from offload_layers._transfer import parameter_like
 from offload_layers._uncompiled import uncompiled
 from offload_layers._weight import Slot, Weight
 
+Result = TypeVar("Result")
 _HEIGHT = {State.OFFLOAD: 1, State.ONLOAD: 2, State.PREPARING: 3}
 _STATE = {height: state for state, height in _HEIGHT.items()}
 
@@ -201,6 +202,15 @@ class Residency:
                 for weight, values in changed:
                     self.replace(weight, parameter_like(weight.registered, values))
 
+    def compute_again(self, forward: Callable[[], Result]) -> Result:
+        """Run a forward once more that found the device full, after other layers have left it."""
+        self.budget.demote_all()
+        self.enter()
+        try:
+            return self.budget.retrying(forward, layer=self.name, doing="running")
+        finally:
+            self.leave()
+
     @uncompiled
     def read(self, weight: Weight) -> Tensor:
         """Return one weight as the layer would compute with it, for code that reads it from outside.
@@ -352,7 +362,15 @@ class Residency:
     def _push(self, placement: Placement, lease: Lease | None) -> None:
         self._hide()
         try:
-            self._tiers.push(placement, self.source, lease)
+            self.budget.retrying(
+                lambda: self._tiers.push(placement, self.source, lease),
+                layer=self.name,
+                doing="bringing the weights of",
+            )
+        except BaseException:
+            if lease is not None:
+                lease.give_back()
+            raise
         finally:
             self._expose_if_resident()
 
@@ -384,7 +402,11 @@ class Residency:
         before = self._staged
         lease = before.lease if before else self.budget.borrow(self, nbytes, limit=self.limit)
         try:
-            tensors = [self._computable(weight, differentiable=differentiable) for weight in self.weights]
+            tensors = self.budget.retrying(
+                lambda: [self._computable(weight, differentiable=differentiable) for weight in self.weights],
+                layer=self.name,
+                doing="bringing the weights of",
+            )
         except BaseException:
             if before is None:
                 lease.give_back()

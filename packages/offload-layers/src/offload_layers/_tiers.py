@@ -53,17 +53,12 @@ class TierStack:
         return sum(tier.lease.nbytes for tier in self._tiers if tier.lease is not None)
 
     def push(self, placement: Placement, source: Source | None, lease: Lease | None) -> None:
-        """Put copies in *placement* on top; on failure the lease is given back and nothing has changed."""
-        try:
-            if placement.is_disk:
-                parameters = self.top
-            else:
-                with torch.inference_mode(False):  # the copies outlive the forward that caused them
-                    parameters = [w.copy_to(placement, source) for w in self._weights]
-        except BaseException:
-            if lease is not None:
-                lease.give_back()
-            raise
+        """Put copies in *placement*, paid for by *lease*, on top; on failure nothing has changed."""
+        if placement.is_disk:
+            parameters = self.top
+        else:
+            with torch.inference_mode(False):  # the copies outlive the forward that caused them
+                parameters = [w.copy_to(placement, source) for w in self._weights]
         self._register(parameters)
         self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
 

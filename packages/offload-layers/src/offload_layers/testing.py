@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget
+from offload_layers._device import OutOfMemory
 from offload_layers._layers import AutoTorchModule
 from offload_layers._residency import Residency
 
@@ -19,16 +20,21 @@ class CountingSource(Mapping[str, Tensor]):
     Attributes:
         reads: Names that were asked for, in order.
         failing: Names whose reading raises ``OSError``.
+        out_of_memory: How many readings from now on raise what torch raises when a device is full.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.reads: list[str] = []
         self.failing: set[str] = set()
+        self.out_of_memory = 0
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.failing:
             raise OSError(f"{name}: the disk is gone")
+        if self.out_of_memory:
+            self.out_of_memory -= 1
+            raise OutOfMemory("the device is full.")
         tensor = self._tensors[name]
         self.reads.append(name)
         return tensor.clone()

@@ -1,0 +1,110 @@
+"""A device that is full: residents leave, the layer tries once more, then there is a clear error."""
+
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import (
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    BudgetExceededError,
+    State,
+    enable_vram_management,
+)
+from offload_layers._device import OutOfMemory
+from offload_layers.testing import CountingSource, assert_invariants, residencies
+from torch import Tensor, nn
+
+RESTING = ("offload", "onload", "preparing")
+DISK: dict[str, Any] = {
+    **{f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")},
+    "computation_dtype": torch.float32,
+    "computation_device": "cpu",
+}
+PREPARING = {**DISK, "preparing_dtype": torch.float32, "preparing_device": "cpu"}
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+
+@pytest.fixture(params=[DISK, PREPARING], ids=["staged", "resident"])
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_residents_leave_and_the_transfer_is_tried_again(config: dict[str, Any]) -> None:
+    source = CountingSource(plain().state_dict())
+    model: Any = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, config, None, source)
+    model[0].preparing()
+    model[1].preparing()
+    source.out_of_memory = 1
+    assert torch.equal(model[2](X), plain()[2](X))
+    if config is PREPARING:
+        assert [layer.state for layer in model] == [State.ONLOAD, State.ONLOAD, State.PREPARING]
+    assert torch.equal(model(X), plain()(X))
+    assert_invariants(model)
+
+
+def test_when_that_does_not_help_the_error_says_so(config: dict[str, Any]) -> None:
+    source = CountingSource(plain().state_dict())
+    model: Any = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, config, None, source)
+    lent = residencies(model)[0].budget.statistics().lent_nbytes
+    source.out_of_memory = 100
+    with pytest.raises(BudgetExceededError) as caught:
+        model(X)
+    assert str(caught.value).startswith(
+        'no memory on cpu for bringing the weights of layer "0", also after every layer that could '
+        "leave had left: the device is full."
+    )
+    assert isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value.__cause__, OutOfMemory)
+    assert_invariants(model)
+    assert residencies(model)[0].budget.statistics().lent_nbytes == lent
+    source.out_of_memory = 0
+    assert torch.equal(model(X), plain()(X))
+
+
+class Hungry(nn.Module):
+    """A layer whose forward finds the device full as long as *other* stays there."""
+
+    def __init__(self, other: Any, *, buffered: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.others = [other]
+        self.calls = 0
+        if buffered:
+            self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.others[0].state is State.PREPARING:
+            raise OutOfMemory("the device is full.")
+        return x * self.weight
+
+
+@pytest.mark.parametrize("itself", [DISK, PREPARING], ids=["staged", "resident"])
+def test_a_forward_is_run_again_when_others_have_left(itself: dict[str, Any]) -> None:
+    linear = nn.Linear(4, 4)
+    other = AutoWrappedLinear(linear, **PREPARING, disk_map=dict(linear.state_dict()))
+    other.preparing()
+    layer = AutoWrappedModule(
+        Hungry(other, buffered=False), **itself, disk_map={"weight": torch.full((4,), 2.0)}
+    )
+    assert torch.equal(layer(X), 2 * X)
+    assert layer.calls == 2
+    assert other.state is State.ONLOAD
+    assert_invariants(nn.ModuleList([layer, other]))
+
+
+def test_a_forward_that_may_have_written_to_buffers_is_not_run_twice() -> None:
+    linear = nn.Linear(4, 4)
+    other = AutoWrappedLinear(linear, **PREPARING, disk_map=dict(linear.state_dict()))
+    other.preparing()
+    layer = AutoWrappedModule(Hungry(other, buffered=True), **DISK, disk_map={"weight": torch.ones(4)})
+    with pytest.raises(OutOfMemory):
+        layer(X)
+    assert layer.calls == 1
+    assert_invariants(layer)
