@@ -153,8 +153,8 @@ class Budget:
         except OutOfMemory as error:
             raise BudgetExceededError(
                 f'no memory on {self.device} for {doing} layer "{layer}", also after every layer that could '
-                f"leave had left: {str(error).splitlines()[0]} Make the input smaller, or manage smaller parts "
-                "of the model, so that less is on the device at once."
+                f"leave had left: {str(error).splitlines()[0]} Make the input smaller, or manage smaller "
+                "parts of the model, so that less is on the device at once."
             ) from error
 
     def statistics(self) -> BudgetStatistics:
