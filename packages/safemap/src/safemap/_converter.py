@@ -1,45 +1,190 @@
-"""State-dict converters: a function from the names of a checkpoint to the names of a model.
+"""State-dict converters: a function from the state dict of a checkpoint to that of a model.
 
-The converter is called once with ``{name: name}``.  What it returns says, for every new name, from which
-stored tensor it comes; two names may come from one tensor.
+The converter runs once, on a plain dict of lazy tensors; what it did is kept as views of recorded
+operations, and evaluated name by name.  No tensor is read, unless the converter looks at values.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from safemap._errors import ConverterError
+import torch
+from torch import Tensor
 
-StateDictConverter = Callable[[Any], Mapping[str, Any]]
+from safemap._buffers import BufferPool
+from safemap._contents import Stored, map_leaves
+from safemap._errors import ConverterError, SafemapError
+from safemap._index import Index
+from safemap._lazy_evaluate import Evaluation
+from safemap._lazy_factories import LazyFactories
+from safemap._lazy_graph import View
+from safemap._lazy_pickle import pack, unpack
+from safemap._lazy_record import Recorder
+from safemap._lazy_sources import Original, Sources
+from safemap._lazy_tensor import LazyTensor, Storage
+from safemap._lazy_value import Computed
+from safemap._read import Reader, Target
+
+StateDictConverter = Callable[[Any], Mapping[Any, Any]]
 
 
-def rename(names: Iterable[str], converter: StateDictConverter) -> dict[str, str]:
-    """Return new name -> stored name.
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a converter returned: views and ``Original`` in place of tensors.  It can be pickled.
+
+    Attributes:
+        converter: Name of the converter.
+        state_dict: New name -> value.
+    """
+
+    converter: str
+    state_dict: dict[Any, Any]
+
+    def apply(self, index: Index) -> Index:
+        """Return *index* under its new names."""
+        sources = Sources(index)
+
+        def resolve(leaf: Any) -> Any:
+            if isinstance(leaf, Original):
+                original = sources.originals[leaf.number]
+                return original if isinstance(original, Tensor) else Stored(original)
+            if isinstance(leaf, View):
+                entry = sources.entry(leaf)
+                return Computed(leaf, sources.places, self.converter) if entry is None else Stored(entry)
+            return leaf
+
+        converted = Index(files=index.files, metadata=index.metadata)
+        for name, value in self.state_dict.items():
+            resolved = map_leaves(value, resolve)
+            if isinstance(resolved, Stored) and isinstance(name, str):
+                converted.table[name] = resolved.entry
+            else:
+                converted.others[name] = resolved
+        return converted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.converter, *pack(self.state_dict))
+
+
+def _unpickled(converter: str, *packed: Any) -> Converted:
+    return Converted(converter, unpack(*packed))
+
+
+def convert(
+    index: Index, converter: StateDictConverter, threads: int, read_limit: int | None = None
+) -> Converted:
+    """Run *converter* on lazy tensors.
+
+    Args:
+        index: The checkpoint.
+        converter: Takes a dict and returns a mapping.
+        threads: How many threads read what the converter needs the values of.
+        read_limit: How many bytes that may be; None for any number.
 
     Raises:
-        ConverterError: the converter computes with tensors, or returns something else than a mapping of
-            names.
+        ConverterError: the converter failed, did what cannot be followed, or needs more bytes than it may
+            read.
     """
-    known = {name: name for name in names}
     label = converter_name(converter)
+    sources = Sources(index)
+    reader = Reader(Target(torch.device("cpu")), BufferPool(0, slack=0), threads)
+
+    def evaluate(view: View) -> Tensor:
+        with torch.no_grad():
+            return Evaluation(reader, sources.places, [view], label).result(view)
+
+    recorder = Recorder(label, evaluate, read_limit)
+    tensors, originals = _lazy_tensors(sources, recorder)
+    state_dict = sources.state_dict(tensors)
     try:
-        result = converter(dict(known))
+        with torch.no_grad(), LazyFactories(recorder):
+            result = converter(state_dict)
+    except SafemapError:
+        raise
     except Exception as error:
+        names = _on_names(sources, converter) if isinstance(error, (AttributeError, TypeError)) else None
+        if names is not None:
+            return Converted(label, names)
+        during = f" at {recorder.failure[1]}" if recorder.failure and recorder.failure[0] is error else ""
         raise ConverterError(
-            f"the state_dict_converter {label} failed on names ({type(error).__name__}: {error}). It is "
-            "called with {name: name} instead of tensors, so it can only rename, drop and repeat tensors. "
-            "Convert the file once with this converter, or load it whole."
+            f"the state_dict_converter {label} failed{during}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(result, Mapping):
         raise ConverterError(
             f"the state_dict_converter {label} must return a dict; got {type(result).__name__}"
         )
-    for name, source in result.items():
-        if not isinstance(name, str) or not isinstance(source, str) or source not in known:
-            raise ConverterError(
-                f"the state_dict_converter {label} gives {source!r:.80} for {name!r:.80}, which is no name "
-                "of a stored tensor. It is called with {name: name} and must pass the values on as they are."
-            )
-    return dict(result)
+    known = _known(sources)
+    strings = {value for value in index.others.values() if isinstance(value, str)}
+
+    def freeze(leaf: Any) -> Any:
+        if isinstance(leaf, LazyTensor):
+            if leaf.storage_.recorder is not recorder:
+                return leaf.values("use in another converter")
+            view = leaf.view_now()
+            number = originals.get(view)
+            return view if number is None else Original(number)
+        return leaf
+
+    frozen = {}
+    for name, value in result.items():
+        if isinstance(value, str) and value in known and value not in strings:
+            frozen[name] = known[value]  # it passes names on instead of values
+        else:
+            frozen[name] = map_leaves(value, freeze)
+    return Converted(label, frozen)
+
+
+def _lazy_tensors(sources: Sources, recorder: Recorder) -> tuple[list[Any], dict[View, int]]:
+    """Return what stands for every tensor, and which views are still the tensors of the checkpoint."""
+    tensors: list[Any] = []
+    originals: dict[View, int] = {}
+    storages: dict[int, Storage] = {}
+    for number, view in enumerate(sources.views()):
+        if view is None:
+            tensors.append(Original(number))
+            continue
+        storage = storages.get(id(view.content))
+        if storage is None:
+            storage = storages[id(view.content)] = Storage(view.content, recorder, view.device)
+        offset = view.offset // view.dtype.itemsize
+        tensor = LazyTensor(storage, view.dtype, view.shape, view.stride, offset)
+        tensor._view = view
+        tensors.append(tensor)
+        originals[view] = number
+    return tensors, originals
+
+
+def _known(sources: Sources) -> dict[Any, Any]:
+    """Return the checkpoint with numbers in place of tensors."""
+    return sources.state_dict([Original(number) for number in range(len(sources.originals))])
+
+
+class _Name(str):
+    """A name that stands for its tensor: it may be passed on, and nothing else."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> str:
+        raise TypeError("a name stands for a tensor here; it has no parts")
+
+    def __len__(self) -> int:
+        raise TypeError("a name stands for a tensor here; it has no length")
+
+
+def _on_names(sources: Sources, converter: StateDictConverter) -> dict[Any, Any] | None:
+    """Call a converter that takes ``{name: name}``; return None if it does not only pass names on."""
+    known = _known(sources)
+    try:
+        result = converter({name: _Name(name) for name in known if isinstance(name, str)})
+    except Exception:
+        return None
+    if not isinstance(result, Mapping) or not all(
+        isinstance(value, str) and value in known for value in result.values()
+    ):
+        return None
+    return {name: known[value] for name, value in result.items()}
 
 
 def converter_name(converter: object) -> str:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from safemap._buffers import BufferPool
 from safemap._contents import Stored, map_leaves
-from safemap._converter import StateDictConverter, rename
+from safemap._converter import StateDictConverter, convert
 from safemap._errors import ClosedMapError, FileChangedError, MissingTensorError
 from safemap._file import Identity
 from safemap._index import Index, OnDuplicate, build_index, searched
 from safemap._layout import Entry, TensorInfo
+from safemap._lazy_value import Computed
 from safemap._parallel import default_threads
 from safemap._paths import PathLike, find_files
 from safemap._prefetch import prefetch
@@ -37,7 +38,9 @@ class DiskMap(Mapping[str, Tensor]):
         device: Where tensors go: a name, an index or a ``torch.device``.
         torch_dtype: Every tensor is converted to it while it is read, integers too; None keeps what is
             stored.
-        state_dict_converter: Called once with ``{name: name}``; returns new names with stored ones.
+        state_dict_converter: Called once with a dict of lazy tensors as they are stored; returns the state
+            dict of the model.  Any function written for a real state dict will do: what it does with tensors
+            is recorded, and done for a name when that name is asked for.
         buffer_size: With ``mmap=True``, how many elements may be read before the mapping is renewed, which
             gives its pages back.  None: the environment variable ``DIFFSYNTH_DISK_MAP_BUFFER_SIZE``, or
             10**9.  Without ``mmap`` nothing is buffered and it has no effect.
@@ -47,12 +50,14 @@ class DiskMap(Mapping[str, Tensor]):
         on_duplicate: What to do about a name in two files: ``"error"``, or let the ``"last"`` file win.
         threads: How many threads read one large tensor.  None: as many as there are cores, at most four.
         unwrap: Look into the single key ``state_dict``, ``module`` or ``model_state`` of a pickled file.
+        converter_read_limit: How many bytes the converter may read while it runs, for operations that need
+            values.  None: any number.  Each such read is logged.
 
     Raises:
         MissingFileError: no such file, nothing in the folder, or a shard of the index is missing.
         FormatError: a file breaks the rules of its format.
         DuplicateTensorError: a name in two files.
-        ConverterError: the converter needs tensors.
+        ConverterError: the converter failed, or does something that cannot be done name by name.
 
     Values that are no tensors (a pickled file may hold numbers and nested containers) are passed on as they
     are; their tensors are read with them.  Maps may be shared by threads, forked, and pickled: the copy opens
@@ -72,6 +77,7 @@ class DiskMap(Mapping[str, Tensor]):
         on_duplicate: OnDuplicate = "error",
         threads: int | None = None,
         unwrap: bool = False,
+        converter_read_limit: int | None = None,
     ) -> None:
         if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
             raise TypeError(f"torch_dtype must be a torch.dtype or None; got {torch_dtype!r:.80}")
@@ -84,30 +90,30 @@ class DiskMap(Mapping[str, Tensor]):
         self._on_duplicate: OnDuplicate = on_duplicate
         self._files = find_files(path)
         index = build_index(self._files, on_duplicate=on_duplicate, unwrap=unwrap)
-        names = [*index.table, *index.others]
-        self._renames = None if state_dict_converter is None else rename(names, state_dict_converter)
+        self._converted = None
+        if state_dict_converter is not None:
+            self._converted = convert(index, state_dict_converter, self._threads(), converter_read_limit)
         self._adopt(index)
 
     def _adopt(self, index: Index) -> None:
-        self._index = index
-        self._table, self._others = index.table, index.others
-        if self._renames is not None:
-            self._table = {new: index.table[old] for new, old in self._renames.items() if old in index.table}
-            self._others = {
-                new: index.others[old] for new, old in self._renames.items() if old in index.others
-            }
+        self._index = index if self._converted is None else self._converted.apply(index)
+        self._table, self._others = self._index.table, self._index.others
         self._reader = self._make_reader()
         self._is_closed = False
 
     def _make_reader(self) -> Reader:
         largest = max((layout.nbytes for layout in {entry[1] for entry in self._table.values()}), default=0)
-        threads = self._options["threads"]
+        computed = (value.view.nbytes for value in self._others.values() if isinstance(value, Computed))
         return Reader(
             Target(self.device, self.torch_dtype, bool(self._options["pin_memory"])),
-            BufferPool(largest),
-            default_threads() if threads is None else max(1, threads),
+            BufferPool(max(largest, *computed, 0)),
+            self._threads(),
             mapped_elements=self.buffer_size if self._options["mmap"] else None,
         )
+
+    def _threads(self) -> int:
+        threads = self._options["threads"]
+        return default_threads() if threads is None else max(1, threads)
 
     # ------------------------------------------------------------------ Mapping
 
@@ -124,7 +130,9 @@ class DiskMap(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         self._check_open()
         if self._others:
-            return iter([*self._renames] if self._renames is not None else [*self._table, *self._others])
+            if self._converted is not None:
+                return iter(self._converted.state_dict)
+            return iter([*self._table, *self._others])
         return iter(self._table)
 
     def __len__(self) -> int:
@@ -144,6 +152,8 @@ class DiskMap(Mapping[str, Tensor]):
         if isinstance(entry, Tensor):
             path = self._index.files[0].path if len(self._index.files) == 1 else ""
             return TensorInfo(entry.dtype, entry.shape, entry.nbytes, path, None)
+        if isinstance(entry, Computed):
+            return entry.info()
         file, layout, offset = entry
         dtype = layout.torch_dtype(name, file.path)
         return TensorInfo(dtype, torch.Size(layout.shape), layout.nbytes, file.path, offset)
@@ -151,11 +161,17 @@ class DiskMap(Mapping[str, Tensor]):
     def nbytes(self, name: str) -> int:
         """Return how many bytes reading *name* takes."""
         entry = self._find(name)
+        if isinstance(entry, Computed):
+            return entry.nbytes()
         return entry.nbytes if isinstance(entry, Tensor) else entry[1].nbytes
 
     def sizes(self) -> dict[str, int]:
         """Return names and ``nbytes`` of all tensors that can be read alone."""
-        return {name: entry[1].nbytes for name, entry in self._table.items()}
+        return {
+            name: self.nbytes(name)
+            for name in self
+            if name in self._table or isinstance(self._others[name], Computed)
+        }
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
         """Read a tensor into *out*, without a temporary where *out* is contiguous and on the CPU.
@@ -173,6 +189,8 @@ class DiskMap(Mapping[str, Tensor]):
         entry = self._find(name)
         if isinstance(entry, Tensor):
             self._reader.copy_into(name, entry, out)
+        elif isinstance(entry, Computed):
+            entry.read_into(name, self._reader, out)
         else:
             self._reader.read_into(name, entry, out)
         return out
@@ -185,13 +203,21 @@ class DiskMap(Mapping[str, Tensor]):
             if isinstance(entry, Tensor):
                 ranges = tuple(slice(start, stop) for start, stop, _ in cuts)
                 return self._reader.finish(name, entry[ranges].clone())
+            if isinstance(entry, Computed):
+                return entry.read_ranges(name, self._reader, cuts)
             return self._reader.read_ranges(name, entry, cuts)
 
         return TensorSlice(name, self.info(name), read_ranges)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start bringing tensors into the page cache; returns at once.  Purely a hint."""
-        prefetch([entry for name in names if not isinstance(entry := self._find(name), Tensor)])
+        entries: list[Entry] = []
+        for entry in map(self._find, names):
+            if isinstance(entry, Computed):
+                entries += entry.entries()
+            elif not isinstance(entry, Tensor):
+                entries.append(entry)
+        prefetch(entries)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -237,14 +263,14 @@ class DiskMap(Mapping[str, Tensor]):
                 f"{searched(self._index.files)}: the map was closed; open it again to read from it"
             )
 
-    def _find(self, name: str) -> Entry | Tensor:
+    def _find(self, name: str) -> Entry | Tensor | Computed:
         """Return the place of a tensor, or the tensor itself where its file had to be read as a whole."""
         entry = self._table.get(name)
         if entry is not None:
             return entry
         self._check_open()
         value = self._others.get(name)
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, Computed)):
             return value
         if isinstance(value, Stored):
             return value.entry
@@ -263,6 +289,8 @@ class DiskMap(Mapping[str, Tensor]):
         def load(leaf: Any) -> Any:
             if isinstance(leaf, Stored):
                 return self._reader.read(name, leaf.entry)
+            if isinstance(leaf, Computed):
+                return leaf.read(name, self._reader)
             return self._reader.finish(name, leaf.clone()) if isinstance(leaf, Tensor) else leaf
 
         return map_leaves(self._others[name], load)
@@ -280,7 +308,7 @@ class DiskMap(Mapping[str, Tensor]):
 
 
 #: attributes that describe a map; the rest is found again by opening the files
-_PICKLED = ("device", "torch_dtype", "buffer_size", "_options", "_on_duplicate", "_files", "_renames")
+_PICKLED = ("device", "torch_dtype", "buffer_size", "_options", "_on_duplicate", "_files", "_converted")
 
 
 def _reopen(cls: type[DiskMap], state: dict[str, Any], opened: list[tuple[str, Identity]]) -> DiskMap:

@@ -7,6 +7,7 @@ Note [Small tensors]
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,27 @@ class Reader:
             return self._read_any(name, entry)[tuple(slice(start, stop) for start, stop, _ in cuts)]
         stored = layout.torch_dtype(name, file.path)
         return self.finish(name, read_ranges(file, offset, stored, layout.shape, cuts))
+
+    def allocate(self, numel: int, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
+        """Return uninitialized memory on the CPU, flat; large tensors lie in the pool."""
+        return self._allocate(Layout("", dtype, (numel,), numel * dtype.itemsize), dtype, pin)
+
+    def read_parts(self, parts: Sequence[tuple[File, int, Tensor]], stored: torch.dtype) -> None:
+        """Fill flat CPU tensors from positions in files, converting from the dtype *stored*."""
+        pieces: list[tuple[File, int, memoryview]] = []
+        for file, offset, out in parts:
+            if out.dtype != stored:
+                read_cast(file, offset, stored, out, self.threads)
+            elif out.numel():
+                view = bytes_of(out)
+                starts = range(0, len(view), CHUNK)
+                pieces += [(file, offset + start, view[start : start + CHUNK]) for start in starts]
+
+        def read_piece(number: int) -> None:
+            file, offset, view = pieces[number]
+            file.read_into(view, offset)
+
+        for_each(read_piece, range(len(pieces)), self.threads)
 
     def finish(self, name: str, tensor: Tensor) -> Tensor:
         """Bring a tensor in memory to the dtype and device of the target."""

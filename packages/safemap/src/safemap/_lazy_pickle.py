@@ -1,0 +1,107 @@
+"""Pickling what was recorded, without recursion: a graph may be deeper than Python's stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from safemap._contents import map_leaves
+from safemap._lazy_content import Content, Leaf, Piece, Result
+from safemap._lazy_graph import Operation, OutputInfo, View, Whole, replace_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """Stands for a view that is packed on its own."""
+
+    number: int
+    is_whole: bool
+
+
+class _Packer:
+    """Gives numbers to operations and views, those that others need first."""
+
+    def __init__(self) -> None:
+        self.operations: dict[Operation, int] = {}
+        self.views: dict[View, int] = {}
+        self.steps: list[tuple[Any, ...]] = []
+
+    def reference(self, view: View) -> _Reference:
+        pending: list[View | Operation] = [view]
+        while pending:
+            item = pending[-1]
+            known = self.views if isinstance(item, View) else self.operations
+            missing: list[View | Operation] = []
+            if item not in known:
+                missing = self._missing(item)
+            pending += missing
+            if not missing:
+                pending.pop()
+                if item not in known:
+                    self._add(item)
+        return _Reference(self.views[view], False)
+
+    def _missing(self, item: View | Operation) -> list[View | Operation]:
+        if isinstance(item, View):
+            leaves = {p.leaf.operation for p in item.content.pieces if isinstance(p.leaf, Result)}
+            return [operation for operation in leaves if operation not in self.operations]
+        arguments = [a.view if isinstance(a, Whole) else a for a in item.arguments()]
+        return [view for view in arguments if view not in self.views]
+
+    def _add(self, item: View | Operation) -> None:
+        if isinstance(item, View):
+            pieces = [(self._leaf(piece.leaf), piece.start, piece.stop) for piece in item.content.pieces]
+            self.views[item] = len(self.views)
+            self.steps.append((pieces, item.dtype, item.shape, item.stride, item.offset, item.device))
+            return
+
+        def change(leaf: View | Whole) -> _Reference:
+            is_whole = isinstance(leaf, Whole)
+            return _Reference(self.views[leaf.view if isinstance(leaf, Whole) else leaf], is_whole)
+
+        args, kwargs = replace_leaves((item.args, item.kwargs), (View, Whole), change)
+        schema = item.function._schema
+        self.operations[item] = len(self.operations)
+        self.steps.append((schema.name, schema.overload_name or "default", args, kwargs, item.outputs))
+
+    def _leaf(self, leaf: Leaf) -> Leaf | tuple[int, int]:
+        return (self.operations[leaf.operation], leaf.output) if isinstance(leaf, Result) else leaf
+
+
+def pack(tree: Any) -> tuple[Any, list[tuple[Any, ...]]]:
+    """Return *tree* with references in place of views, and what they refer to, in order of dependence."""
+    packer = _Packer()
+    return map_leaves(
+        tree, lambda leaf: packer.reference(leaf) if isinstance(leaf, View) else leaf
+    ), packer.steps
+
+
+def unpack(tree: Any, steps: list[tuple[Any, ...]]) -> Any:
+    """Do the opposite of ``pack``."""
+    operations: list[Operation] = []
+    views: list[View] = []
+
+    def lookup(leaf: _Reference) -> View | Whole:
+        return Whole(views[leaf.number]) if leaf.is_whole else views[leaf.number]
+
+    for step in steps:
+        if isinstance(step[0], str):
+            operations.append(_operation(*step, lookup=lookup))
+        else:
+            pieces = [
+                Piece(Result(operations[leaf[0]], leaf[1]) if isinstance(leaf, tuple) else leaf, start, stop)
+                for leaf, start, stop in step[0]
+            ]
+            views.append(View(Content(pieces), *step[1:]))
+    return map_leaves(tree, lambda leaf: lookup(leaf) if isinstance(leaf, _Reference) else leaf)
+
+
+def _operation(
+    name: str, overload: str, args: Any, kwargs: Any, outputs: list[OutputInfo | None], *, lookup: Any
+) -> Operation:
+    namespace, _, base = name.partition("::")
+    function = getattr(getattr(getattr(torch.ops, namespace), base), overload)
+    args, kwargs = replace_leaves((args, kwargs), _Reference, lookup)
+    return Operation(function, args, kwargs, outputs)
