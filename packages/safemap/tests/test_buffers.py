@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from safemap._buffers import HUGE_PAGE, MIB, BufferPool, bytes_of, round_up, tensor_over
+from safemap._buffers import HUGE_PAGE, MIB, BufferPool, bytes_of, round_up
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's allocator is used")
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch
 def take(pool: BufferPool, nbytes: int) -> torch.Tensor:
     view = pool.take(nbytes)
     assert view is not None
-    return tensor_over(view, torch.uint8, (nbytes,))
+    return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def test_memory_is_used_again() -> None:

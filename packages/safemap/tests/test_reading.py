@@ -67,6 +67,15 @@ def test_complex_to_real_is_refused(path: str) -> None:
         DiskMap(path).read_into("spectrum", torch.empty(5))
 
 
+@pytest.mark.skipif("F4" not in TORCH_DTYPES, reason="this torch has no dtype of four bits")
+def test_four_bits_are_read_but_not_converted(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    (tmp_path / "m.safetensors").write_bytes(safetensors_bytes(header, b"ab"))
+    assert DiskMap(tmp_path / "m.safetensors")["a"].view(torch.uint8).tolist() == [97, 98]
+    with pytest.raises(MismatchError, match="torch cannot convert two values in one element"):
+        DiskMap(tmp_path / "m.safetensors", torch_dtype=torch.bfloat16)["a"]
+
+
 def test_dtype_that_torch_lacks(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
     (tmp_path / "m.safetensors").write_bytes(safetensors_bytes(header, b"abc"))

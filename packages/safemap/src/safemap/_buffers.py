@@ -14,13 +14,13 @@ Note [How much is kept]
 """
 
 import ctypes
+import functools
 import mmap
 import sys
 import threading
 import weakref
 from collections import deque
 
-import torch
 from torch import Tensor
 
 MIB = 1 << 20
@@ -144,6 +144,11 @@ def round_up(nbytes: int, unit: int) -> int:
     return -(-nbytes // unit) * unit
 
 
+@functools.lru_cache(maxsize=4096)
+def _array_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * nbytes  # making the type takes longer than reading 100 KB
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes.
 
@@ -154,10 +159,5 @@ def bytes_of(tensor: Tensor) -> memoryview:
         raise ValueError(
             f"expected a contiguous CPU tensor; got strides {tensor.stride()} on {tensor.device}"
         )
-    array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    array = _array_type(tensor.numel() * tensor.element_size()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
-
-
-def tensor_over(buffer: memoryview | bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor in the memory of *buffer*, which it keeps alive."""
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safemap._buffers import MIB, BufferPool, bytes_of, tensor_over
+from safemap._buffers import MIB, BufferPool, bytes_of
 from safemap._cast import check_cast, read_cast
 from safemap._errors import MismatchError, UnsupportedTensorError
 from safemap._file import File
@@ -23,6 +23,7 @@ from safemap._parallel import for_each
 from safemap._slice import Cuts, read_ranges
 
 SMALL = 256 << 10
+POOLED = 4 * MIB  # from here on huge pages pay; below, malloc lends touched memory again by itself
 CHUNK = 8 * MIB  # what one thread reads at a time
 _preadv = getattr(os, "preadv", None)
 _fstat = os.fstat
@@ -52,8 +53,8 @@ class Reader:
         self.pool = pool
         self.threads = threads
         self.mappings = None if mapped_elements is None else Mappings(mapped_elements)
-        is_simple = target.is_plain and self.mappings is None and _preadv is not None
-        self._small = SMALL if is_simple else -1
+        self._is_plain = target.is_plain and self.mappings is None
+        self._small = SMALL if self._is_plain and _preadv is not None else -1
 
     def read(self, name: str, entry: Entry) -> Tensor:
         """Return the tensor in new memory, in the dtype and on the device of the target."""
@@ -71,6 +72,10 @@ class Reader:
             if layout.stride is not None:
                 return _with_strides(tensor, layout)
             return tensor.view(layout.shape)
+        if self._is_plain and nbytes and layout.stride is None and layout.dtype is not None:
+            tensor, view = self._allocate(layout.dtype, layout.shape, nbytes)
+            self._read_bytes(file, offset, view)
+            return tensor
         return self._read_any(name, entry)
 
     def read_into(self, name: str, entry: Entry, out: Tensor) -> None:
@@ -80,7 +85,7 @@ class Reader:
         _check_destination(name, layout.shape, dtype, out)
         with torch.no_grad():
             if out.device.type == "cpu" and out.is_contiguous() and layout.stride is None:
-                self._fill(file, offset, layout, dtype, out.detach())
+                self._fill(file, offset, dtype, out.detach())
             else:
                 out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
 
@@ -100,7 +105,9 @@ class Reader:
 
     def allocate(self, numel: int, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
         """Return uninitialized memory on the CPU, flat; large tensors lie in the pool."""
-        return self._allocate(Layout("", dtype, (numel,), numel * dtype.itemsize), dtype, pin)
+        if pin or not numel:
+            return torch.empty(numel, dtype=dtype, pin_memory=pin)
+        return self._allocate(dtype, (numel,), numel * dtype.itemsize)[0]
 
     def read_parts(self, parts: Sequence[tuple[File, int, Tensor]], stored: torch.dtype) -> None:
         """Fill flat CPU tensors from positions in files, converting from the dtype *stored*."""
@@ -156,35 +163,39 @@ class Reader:
         if layout.stride is not None:
             span = Layout(layout.code, stored, (layout.nbytes // stored.itemsize,), layout.nbytes)
             return _with_strides(self._read_host(name, (file, span, offset), dtype, pin=pin), layout)
+        # flat first, since computing strides overflows for some shapes without elements: [0, 2**40, 2**40]
+        flat = self.allocate(layout.numel, dtype, pin=pin)
         try:
-            out = self._allocate(layout, dtype, pin)
+            out = flat.view(layout.shape)
         except (RuntimeError, TypeError, OverflowError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or layout.nbytes:
-                raise
             raise UnsupportedTensorError(
                 f'tensor "{name}" of {file.path} has shape {list(layout.shape)}, which torch cannot hold: '
                 f"{error}"
             ) from None
-        self._fill(file, offset, layout, stored, out)
+        self._fill(file, offset, stored, out)
         return out
 
-    def _allocate(self, layout: Layout, dtype: torch.dtype, pin: bool) -> Tensor:
-        nbytes = layout.numel * dtype.itemsize
-        if nbytes >= MIB and not pin:
-            buffer = self.pool.take(nbytes)
-            if buffer is not None:
-                return tensor_over(buffer, dtype, layout.shape)
-        # by way of `view`, since `empty` computes strides that overflow for shapes such as [0, 2**40, 2**40]
-        return torch.empty(layout.numel, dtype=dtype, pin_memory=pin).view(layout.shape)
+    def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> tuple[Tensor, memoryview]:
+        """Return an uninitialized tensor, not empty, and its bytes."""
+        if nbytes >= POOLED:
+            view = self.pool.take(nbytes)
+            if view is not None:
+                return torch.frombuffer(view, dtype=dtype).view(shape), view
+        tensor = torch.empty(shape, dtype=dtype)
+        return tensor, bytes_of(tensor)
 
-    def _fill(self, file: File, offset: int, layout: Layout, stored: torch.dtype, out: Tensor) -> None:
-        """Read into a contiguous CPU tensor, in pieces spread over the threads."""
-        if not layout.nbytes:
-            return
+    def _fill(self, file: File, offset: int, stored: torch.dtype, out: Tensor) -> None:
+        """Read into a contiguous CPU tensor, converting from the dtype *stored*."""
         if out.dtype != stored:
             read_cast(file, offset, stored, out.view(-1), self.threads)
+        elif out.numel():
+            self._read_bytes(file, offset, bytes_of(out))
+
+    def _read_bytes(self, file: File, offset: int, view: memoryview) -> None:
+        """Fill *view*, in pieces spread over the threads if it is long."""
+        if self.threads == 1 or len(view) <= CHUNK:
+            file.read_into(view, offset)
             return
-        view = bytes_of(out)
 
         def read_piece(start: int) -> None:
             file.read_into(view[start : start + CHUNK], offset + start)
