@@ -32,8 +32,8 @@ def check_cast(name: str, stored: torch.dtype, wanted: torch.dtype) -> None:
         )
     if TORCH_DTYPES.get("F4") in (stored, wanted) and stored != wanted:
         raise MismatchError(
-            f'tensor "{name}" is {stored}, wanted is {wanted}; torch cannot convert two values in one element. '
-            "Read it as stored."
+            f'tensor "{name}" is {stored}, wanted is {wanted}; torch cannot convert two values in one '
+            "element. Read it as stored."
         )
 
 

@@ -62,7 +62,8 @@ class Reader:
         nbytes = layout.nbytes
         if 0 < nbytes <= self._small and layout.dtype is not None:  # Note [Small tensors]
             memory = bytearray(nbytes)
-            descriptor = file.open()
+            descriptor = file.descriptor or file.open()
+            descriptor.recently_used = True
             if _preadv(descriptor.fd, (memory,), offset) != nbytes:  # type: ignore[misc]
                 file.read_into(memoryview(memory), offset)
             status = _fstat(descriptor.fd)
@@ -71,7 +72,8 @@ class Reader:
             tensor = torch.frombuffer(memory, dtype=layout.dtype)
             if layout.stride is not None:
                 return _with_strides(tensor, layout)
-            return tensor.view(layout.shape)
+            shape = layout.shape
+            return tensor if len(shape) == 1 else tensor.view(shape)
         if self._is_plain and nbytes and layout.stride is None and layout.dtype is not None:
             tensor, view = self._allocate(layout.dtype, layout.shape, nbytes)
             self._read_bytes(file, offset, view)
