@@ -22,7 +22,7 @@ from safemap._lazy_factories import LazyFactories
 from safemap._lazy_graph import View
 from safemap._lazy_pickle import pack, unpack
 from safemap._lazy_record import Recorder
-from safemap._lazy_sources import Original, Sources
+from safemap._lazy_sources import Original, Output, Sources
 from safemap._lazy_tensor import LazyTensor, Storage
 from safemap._lazy_value import Computed
 from safemap._read import Reader, Target
@@ -32,7 +32,7 @@ StateDictConverter = Callable[[Any], Mapping[Any, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a converter returned: views and ``Original`` in place of tensors.  It can be pickled.
+    """What a converter returned, with ``Output`` in place of tensors.  It can be pickled.
 
     Attributes:
         converter: Name of the converter.
@@ -42,18 +42,18 @@ class Converted:
     converter: str
     state_dict: dict[Any, Any]
 
-    def apply(self, index: Index) -> Index:
+    def apply(self, index: Index, sources: Sources) -> Index:
         """Return *index* under its new names."""
-        sources = Sources(index)
 
         def resolve(leaf: Any) -> Any:
-            if isinstance(leaf, Original):
-                original = sources.originals[leaf.number]
+            if not isinstance(leaf, Output):
+                return leaf
+            tensor = leaf.tensor
+            if isinstance(tensor, Original):
+                original = sources.originals[tensor.number]
                 return original if isinstance(original, Tensor) else Stored(original)
-            if isinstance(leaf, View):
-                entry = sources.entry(leaf)
-                return Computed(leaf, sources.places, self.converter) if entry is None else Stored(entry)
-            return leaf
+            entry = sources.entry(tensor)
+            return Computed(tensor, sources.places, self.converter) if entry is None else Stored(entry)
 
         converted = Index(files=index.files, metadata=index.metadata)
         for name, value in self.state_dict.items():
@@ -73,12 +73,12 @@ def _unpickled(converter: str, *packed: Any) -> Converted:
 
 
 def convert(
-    index: Index, converter: StateDictConverter, threads: int, read_limit: int | None = None
+    sources: Sources, converter: StateDictConverter, threads: int, read_limit: int | None = None
 ) -> Converted:
     """Run *converter* on lazy tensors.
 
     Args:
-        index: The checkpoint.
+        sources: The checkpoint.
         converter: Takes a dict and returns a mapping.
         threads: How many threads read what the converter needs the values of.
         read_limit: How many bytes that may be; None for any number.
@@ -88,7 +88,6 @@ def convert(
             read.
     """
     label = converter_name(converter)
-    sources = Sources(index)
     reader = Reader(Target(torch.device("cpu")), BufferPool(0, slack=0), threads)
 
     def evaluate(view: View) -> Tensor:
@@ -96,8 +95,9 @@ def convert(
             return Evaluation(reader, sources.places, [view], label).result(view)
 
     recorder = Recorder(label, evaluate, read_limit)
-    tensors, originals = _lazy_tensors(sources, recorder)
+    tensors, originals, storages = _lazy_tensors(sources, recorder)
     state_dict = sources.state_dict(tensors)
+    strings = {value for value in state_dict.values() if isinstance(value, str)}
     try:
         with torch.no_grad(), LazyFactories(recorder):
             result = converter(state_dict)
@@ -115,17 +115,17 @@ def convert(
         raise ConverterError(
             f"the state_dict_converter {label} must return a dict; got {type(result).__name__}"
         )
-    known = _known(sources)
-    strings = {value for value in index.others.values() if isinstance(value, str)}
+    known = sources.outputs()
 
     def freeze(leaf: Any) -> Any:
-        if isinstance(leaf, LazyTensor):
-            if leaf.storage_.recorder is not recorder:
-                return leaf.values("use in another converter")
-            view = leaf.view_now()
-            number = originals.get(view)
-            return view if number is None else Original(number)
-        return leaf
+        if not isinstance(leaf, LazyTensor):
+            return leaf
+        if leaf.storage_.recorder is not recorder:
+            return leaf.values("use in another converter")
+        view = leaf.view_now()
+        number = originals.get(view)
+        storage = storages.setdefault(leaf.storage_, len(sources.places) + len(storages))
+        return Output(view if number is None else Original(number), storage)
 
     frozen = {}
     for name, value in result.items():
@@ -136,29 +136,27 @@ def convert(
     return Converted(label, frozen)
 
 
-def _lazy_tensors(sources: Sources, recorder: Recorder) -> tuple[list[Any], dict[View, int]]:
-    """Return what stands for every tensor, and which views are still the tensors of the checkpoint."""
+def _lazy_tensors(
+    sources: Sources, recorder: Recorder
+) -> tuple[list[Any], dict[View, int], dict[Storage, int]]:
+    """Return what stands for every tensor, which views are still those of the checkpoint, all storages."""
     tensors: list[Any] = []
     originals: dict[View, int] = {}
     storages: dict[int, Storage] = {}
     for number, view in enumerate(sources.views()):
-        if view is None:
-            tensors.append(Original(number))
+        home = sources.home(number)
+        if view is None:  # the installed torch cannot hold it
+            tensors.append(Output(Original(number), home))
             continue
-        storage = storages.get(id(view.content))
+        storage = storages.get(home)
         if storage is None:
-            storage = storages[id(view.content)] = Storage(view.content, recorder, view.device)
+            storage = storages[home] = Storage(view.content, recorder, view.device)
         offset = view.offset // view.dtype.itemsize
         tensor = LazyTensor(storage, view.dtype, view.shape, view.stride, offset)
         tensor._view = view
         tensors.append(tensor)
         originals[view] = number
-    return tensors, originals
-
-
-def _known(sources: Sources) -> dict[Any, Any]:
-    """Return the checkpoint with numbers in place of tensors."""
-    return sources.state_dict([Original(number) for number in range(len(sources.originals))])
+    return tensors, originals, {storage: home for home, storage in storages.items()}
 
 
 class _Name(str):
@@ -175,7 +173,7 @@ class _Name(str):
 
 def _on_names(sources: Sources, converter: StateDictConverter) -> dict[Any, Any] | None:
     """Call a converter that takes ``{name: name}``; return None if it does not only pass names on."""
-    known = _known(sources)
+    known = sources.outputs()
     try:
         result = converter({name: _Name(name) for name in known if isinstance(name, str)})
     except Exception:

@@ -10,6 +10,7 @@ import torch
 from safemap._contents import map_leaves
 from safemap._lazy_content import Content, Leaf, Piece, Result
 from safemap._lazy_graph import Operation, OutputInfo, View, Whole, replace_leaves
+from safemap._lazy_sources import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class _Packer:
         self.views: dict[View, int] = {}
         self.steps: list[tuple[Any, ...]] = []
 
-    def reference(self, view: View) -> _Reference:
+    def number(self, view: View) -> int:
+        """Return the number of a view, after everything that it depends on has one."""
         pending: list[View | Operation] = [view]
         while pending:
             item = pending[-1]
@@ -41,7 +43,7 @@ class _Packer:
                 pending.pop()
                 if item not in known:
                     self._add(item)
-        return _Reference(self.views[view], False)
+        return self.views[view]
 
     def _missing(self, item: View | Operation) -> list[View | Operation]:
         if isinstance(item, View):
@@ -70,12 +72,24 @@ class _Packer:
         return (self.operations[leaf.operation], leaf.output) if isinstance(leaf, Result) else leaf
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Stands for an output that is a view."""
+
+    view: int
+    storage: int
+
+
 def pack(tree: Any) -> tuple[Any, list[tuple[Any, ...]]]:
     """Return *tree* with references in place of views, and what they refer to, in order of dependence."""
     packer = _Packer()
-    return map_leaves(
-        tree, lambda leaf: packer.reference(leaf) if isinstance(leaf, View) else leaf
-    ), packer.steps
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Output) and isinstance(leaf.tensor, View):
+            return _Packed(packer.number(leaf.tensor), leaf.storage)
+        return leaf
+
+    return map_leaves(tree, change), packer.steps
 
 
 def unpack(tree: Any, steps: list[tuple[Any, ...]]) -> Any:
@@ -95,7 +109,11 @@ def unpack(tree: Any, steps: list[tuple[Any, ...]]) -> Any:
                 for leaf, start, stop in step[0]
             ]
             views.append(View(Content(pieces), *step[1:]))
-    return map_leaves(tree, lambda leaf: lookup(leaf) if isinstance(leaf, _Reference) else leaf)
+
+    def restore(leaf: Any) -> Any:
+        return Output(views[leaf.view], leaf.storage) if isinstance(leaf, _Packed) else leaf
+
+    return map_leaves(tree, restore)
 
 
 def _operation(

@@ -30,6 +30,18 @@ class Original:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that a converter returned.
+
+    Attributes:
+        storage: Tensors with the same number are views of the same memory.
+    """
+
+    tensor: Original | View
+    storage: int
+
+
 class Sources:
     """All tensors of a checkpoint, numbered, and the ranges of bytes they lie in.
 
@@ -82,6 +94,10 @@ class Sources:
         self._sizes.append(nbytes)
         return len(self.places) - 1
 
+    def home(self, number: int) -> int:
+        """Return in which source a tensor lies."""
+        return self._home[number][0]
+
     def views(self) -> Iterator[View | None]:
         """Return every tensor as a view, in order; None for one that the installed torch cannot hold."""
         contents: dict[int, Content] = {}
@@ -107,6 +123,11 @@ class Sources:
 
         state_dict = {name: next(following) for name in self._index.table}
         return {**state_dict, **map_leaves(self._index.others, replace)}
+
+    def outputs(self) -> dict[Any, Any]:
+        """Return the checkpoint as a converter returns it that changes nothing."""
+        numbers = range(len(self.originals))
+        return self.state_dict([Output(Original(number), self.home(number)) for number in numbers])
 
     def entry(self, view: View) -> Entry | None:
         """Return where in a file a view lies, or None if it is not simply a part of a file."""

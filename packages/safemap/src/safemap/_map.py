@@ -1,6 +1,7 @@
 """``DiskMap``: a checkpoint as a mapping from names to tensors, each read when it is asked for."""
 
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -16,6 +17,9 @@ from safemap._errors import ClosedMapError, FileChangedError, MissingTensorError
 from safemap._file import Identity
 from safemap._index import Index, OnDuplicate, build_index, searched
 from safemap._layout import Entry, TensorInfo
+from safemap._lazy_graph import View
+from safemap._lazy_sources import Sources
+from safemap._lazy_together import find_members, read_together
 from safemap._lazy_value import Computed
 from safemap._parallel import default_threads
 from safemap._paths import PathLike, find_files
@@ -92,11 +96,14 @@ class DiskMap(Mapping[str, Tensor]):
         index = build_index(self._files, on_duplicate=on_duplicate, unwrap=unwrap)
         self._converted = None
         if state_dict_converter is not None:
-            self._converted = convert(index, state_dict_converter, self._threads(), converter_read_limit)
+            self._converted = convert(
+                Sources(index), state_dict_converter, self._threads(), converter_read_limit
+            )
         self._adopt(index)
 
     def _adopt(self, index: Index) -> None:
-        self._index = index if self._converted is None else self._converted.apply(index)
+        self._stored = index
+        self._index = index if self._converted is None else self._converted.apply(index, self._sources)
         self._table, self._others = self._index.table, self._index.others
         self._reader = self._make_reader()
         self._is_closed = False
@@ -110,6 +117,10 @@ class DiskMap(Mapping[str, Tensor]):
             self._threads(),
             mapped_elements=self.buffer_size if self._options["mmap"] else None,
         )
+
+    @functools.cached_property
+    def _sources(self) -> Sources:
+        return Sources(self._stored)
 
     def _threads(self) -> int:
         threads = self._options["threads"]
@@ -194,6 +205,29 @@ class DiskMap(Mapping[str, Tensor]):
         else:
             self._reader.read_into(name, entry, out)
         return out
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """Read several tensors, which share memory where those of a real state dict would.
+
+        ``map[name]`` always gives a tensor of its own.  Here names that a converter (or a pickled file) tied
+        get the same memory, and so do views of one tensor that overlap.  Parts that do not overlap, such as
+        the parts of a split, stay apart.
+
+        Args:
+            names: What to read; None for everything.
+        """
+        wanted = list(self if names is None else names)
+        for name in wanted:
+            if name not in self:
+                raise self._missing(name)
+        outputs = self._sources.outputs() if self._converted is None else self._converted.state_dict
+
+        def read_view(name: str, view: View) -> Tensor:
+            return Computed(view, self._sources.places, "").read(name, self._reader)
+
+        members = find_members(self._sources, outputs, wanted)
+        shared = read_together(members, self.__getitem__, read_view, casts=self.torch_dtype is not None)
+        return {name: shared[name] if name in shared else self[name] for name in wanted}
 
     def slice(self, name: str) -> TensorSlice:
         """Return a handle on a tensor; indexing it, as in ``map.slice(name)[i:j]``, reads only that part."""
