@@ -18,7 +18,7 @@ def take(pool: BufferPool, nbytes: int) -> torch.Tensor:
 
 
 def test_memory_is_used_again() -> None:
-    pool = BufferPool(8 * MIB)
+    pool = BufferPool()
     first = take(pool, 8 * MIB)
     address = first.data_ptr()
     second = take(pool, 8 * MIB)
@@ -28,7 +28,7 @@ def test_memory_is_used_again() -> None:
 
 
 def test_a_view_keeps_the_memory() -> None:
-    pool = BufferPool(8 * MIB)
+    pool = BufferPool()
     whole = take(pool, 8 * MIB)
     whole.fill_(7)
     part = whole[100:200].view(10, 10)
@@ -40,7 +40,7 @@ def test_a_view_keeps_the_memory() -> None:
 
 def test_a_sweep_peaks_at_the_largest_tensor_and_slack() -> None:
     sizes = [113, 5, 56, 28, 9, 85, 113, 1, 18, 56] * 5
-    pool = BufferPool(113 * MIB)
+    pool = BufferPool()
     highest = 0
     for size in sizes:
         tensor = take(pool, size * MIB)
@@ -50,7 +50,7 @@ def test_a_sweep_peaks_at_the_largest_tensor_and_slack() -> None:
 
 
 def test_everything_alive_at_once_then_gone() -> None:
-    pool = BufferPool(16 * MIB)
+    pool = BufferPool()
     held = [take(pool, size * MIB) for size in (16, 4, 8, 16, 12)]
     total = sum(tensor.nbytes for tensor in held)
     assert total <= pool.resident_nbytes <= total + len(held) * HUGE_PAGE
@@ -60,7 +60,7 @@ def test_everything_alive_at_once_then_gone() -> None:
 
 
 def test_a_much_larger_buffer_gives_its_tail_back() -> None:
-    pool = BufferPool(100 * MIB, slack=4 * MIB)
+    pool = BufferPool(slack=4 * MIB)
     del_me = take(pool, 100 * MIB)
     del del_me
     small = [take(pool, 60 * MIB)]
@@ -73,7 +73,7 @@ def test_a_much_larger_buffer_gives_its_tail_back() -> None:
 
 
 def test_drop_free() -> None:
-    pool = BufferPool(8 * MIB)
+    pool = BufferPool()
     kept = take(pool, 8 * MIB)
     gone = take(pool, 8 * MIB)
     del gone
@@ -84,7 +84,7 @@ def test_drop_free() -> None:
 
 
 def test_tensors_die_in_other_threads() -> None:
-    pool = BufferPool(2 * MIB)
+    pool = BufferPool()
 
     def work() -> None:
         for value in range(100):

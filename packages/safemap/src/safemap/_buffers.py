@@ -50,9 +50,9 @@ class _Buffer:
 class BufferPool:
     """Lends memory and takes it back when nothing refers to it any more; see the notes above."""
 
-    def __init__(self, largest: int, slack: int = 32 * MIB) -> None:
-        self.largest = largest
+    def __init__(self, slack: int = 32 * MIB) -> None:
         self.slack = slack
+        self._largest = 0  # that was asked for
         self._free: list[_Buffer] = []
         # by the address of the reference, since one to writable memory has no hash
         self._lent: dict[int, tuple[weakref.ref[memoryview], _Buffer, int]] = {}
@@ -73,6 +73,7 @@ class BufferPool:
         if not _CAN_MAP:
             return None
         with self._lock:
+            self._largest = max(self._largest, nbytes)
             self._collect()
             self._lent_nbytes += nbytes
             self._peak_nbytes = max(self._peak_nbytes, self._lent_nbytes)
@@ -85,7 +86,7 @@ class BufferPool:
     def drop_free(self) -> None:
         """Return all memory that is not lent to the system, now and from now on."""
         with self._lock:
-            self.largest = self.slack = 0
+            self.slack = self._largest = 0
             self._collect()
 
     def _give_back(self, ref: "weakref.ref[memoryview]") -> None:
@@ -102,7 +103,7 @@ class BufferPool:
             _, buffer, nbytes = self._lent.pop(id(self._returned.popleft()))
             self._lent_nbytes -= nbytes
             self._free.append(buffer)
-        self._shrink(max(self.largest, self.slack))
+        self._shrink(max(self._largest, self.slack))
 
     def _shrink(self, limit: int) -> None:
         """Drop the free buffers that were returned first until at most *limit* bytes are free."""

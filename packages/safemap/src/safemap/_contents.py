@@ -1,5 +1,6 @@
 """What one file of a checkpoint holds, whatever its format."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from safemap._errors import FormatError
 from safemap._file import File
-from safemap._header import LENGTH_BYTES, header_nbytes, parse_header
+from safemap._header import LENGTH_BYTES, collector_paused, header_nbytes, parse_header
 from safemap._layout import Entry
 from safemap._paths import TORCH_SUFFIXES
 from safemap._positional import read_bytes
@@ -112,6 +113,8 @@ def _open_safetensors(file: File, head: bytes) -> Contents:
     descriptor = file.open()
     raw = read_bytes(descriptor.fd, length, LENGTH_BYTES)
     file.check_unchanged(descriptor)
-    header = parse_header(raw, file.nbytes, file.path)
-    entries = zip([file] * len(header.names), header.layouts, header.offsets, strict=True)
-    return Contents(file, table=dict(zip(header.names, entries, strict=True)), metadata=header.metadata)
+    with collector_paused():
+        header = parse_header(raw, file.nbytes, file.path)
+        entries = zip(itertools.repeat(file), header.layouts, header.offsets, strict=False)
+        table = dict(zip(header.names, entries, strict=True))
+    return Contents(file, table=table, metadata=header.metadata)

@@ -27,10 +27,11 @@ from safemap._layout import Layout
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # Source: the limit of the safetensors library
 _U64 = 1 << 64
-_ROW = re.compile(
-    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*)\],"data_offsets":\[([0-9]+,[0-9]+)\]\},'
-)
+# what lies between the literals is checked column by column: faster than character by character
+_ROW = re.compile(r'"([^"]*)":\{"dtype":"([^\]]*)\],"data_offsets":\[([^\]]*)\]\},')
 _ROW_PUNCTUATION = len('"":{"dtype":"],"data_offsets":[]},')
+_SPEC = re.compile(r'([A-Z0-9_]+)","shape":\[((?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*))*|)', re.ASCII)
+_CONTROLS = bytes(range(32))
 _METADATA = '{"__metadata__":'
 
 
@@ -87,12 +88,11 @@ def parse_header(raw: bytes, file_nbytes: int, path: str) -> Header:
             text = raw.decode()
         except UnicodeDecodeError as error:
             raise RuleError(f"the header is not UTF-8: {error}") from None
-        with _collector_paused():
-            header = _parse_regular(text, data_start, data_nbytes)
-            if header is None:
-                from safemap._header_json import parse_irregular  # needed for few files
+        header = _parse_regular(text, data_start, data_nbytes)
+        if header is None:
+            from safemap._header_json import parse_irregular  # needed for few files
 
-                header = parse_irregular(text, data_start, data_nbytes)
+            header = parse_irregular(text, data_start, data_nbytes)
     except RuleError as error:
         raise FormatError(f"{path}: {error}") from None
     return header
@@ -118,7 +118,7 @@ def make_layout(code: str, shape: tuple[int, ...]) -> Layout:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pause the garbage collector: it would walk 100,000 new objects again and again, and find nothing.
 
     Measured on 50,000 tensors: parsing takes a third of the time.
@@ -150,36 +150,45 @@ def _parse_regular(text: str, data_start: int, data_nbytes: int) -> Header | Non
             return None
         header.metadata = metadata
         position += 1
-    body = body[:-1] + ","  # so that every row ends alike
-    rows: list[tuple[str, str, str]] = _ROW.findall(body, position)
+    body = body[position:-1] + ","  # so that every row ends alike
+    if "\\" in body:
+        return None  # then a quote always is one, and a name is what it seems
+    rows: list[tuple[str, str, str]] = _ROW.findall(body)
     if not rows:
         return None
     names, specs, spans = zip(*rows, strict=True)
-    if (
-        sum(map(len, itertools.chain.from_iterable(rows))) + _ROW_PUNCTUATION * len(rows)
-        != len(body) - position
+    if sum(len("".join(column)) for column in (names, specs, spans)) + _ROW_PUNCTUATION * len(rows) != len(
+        body
     ):
         return None
-    known: dict[str, Layout] = {}
-    for spec in set(specs):
-        code, _, extents = spec.partition('","shape":[')
-        try:
-            shape = tuple(map(int, extents.split(","))) if extents else ()
-            known[spec] = make_layout(code, shape)
-        except ValueError:
-            return None
-        if ",".join(map(str, shape)) != extents or max(shape, default=0) >= _U64:
-            return None
+    raw_names = "".join(names).encode()
+    if len(raw_names.translate(None, _CONTROLS)) != len(raw_names):
+        return None
+    try:
+        known = {spec: _spec_layout(spec) for spec in set(specs)}
+    except ValueError:
+        return None
     layouts = [known[spec] for spec in specs]
-    stops = list(itertools.accumulate(layout.nbytes for layout in layouts))
+    stops = list(itertools.accumulate([layout.nbytes for layout in layouts]))
     starts = [0, *stops[:-1]]
-    if stops[-1] != data_nbytes or list(map("%d,%d".__mod__, zip(starts, stops, strict=True))) != list(spans):
+    if stops[-1] != data_nbytes or [f"{a},{b}" for a, b in zip(starts, stops, strict=True)] != list(spans):
         return None
     if len(set(names)) != len(names) or "__metadata__" in names:
         return None
     header.names, header.layouts = list(names), layouts
     header.offsets = [data_start + start for start in starts]
     return header
+
+
+def _spec_layout(spec: str) -> Layout:
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise RuleError(f"not the usual form: {spec!r:.50}")
+    code, extents = match.groups()
+    shape = tuple(map(int, extents.split(","))) if extents else ()
+    if max(shape, default=0) >= _U64:
+        raise RuleError(f"an extent beyond 64 bits: {spec!r:.50}")
+    return make_layout(code, shape)
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -109,11 +109,9 @@ class DiskMap(Mapping[str, Tensor]):
         self._is_closed = False
 
     def _make_reader(self) -> Reader:
-        largest = max((layout.nbytes for layout in {entry[1] for entry in self._table.values()}), default=0)
-        computed = (value.view.nbytes for value in self._others.values() if isinstance(value, Computed))
         return Reader(
             Target(self.device, self.torch_dtype, bool(self._options["pin_memory"])),
-            BufferPool(max(largest, *computed, 0)),
+            BufferPool(),
             self._threads(),
             mapped_elements=self.buffer_size if self._options["mmap"] else None,
         )
