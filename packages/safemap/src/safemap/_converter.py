@@ -88,7 +88,7 @@ def convert(
             read.
     """
     label = converter_name(converter)
-    reader = Reader(Target(torch.device("cpu")), BufferPool(0, slack=0), threads)
+    reader = Reader(Target(torch.device("cpu")), BufferPool(slack=0), threads)
 
     def evaluate(view: View) -> Tensor:
         with torch.no_grad():
