@@ -1,0 +1,290 @@
+"""What does it cost to keep the weights of a real architecture away from the compute device?
+
+``python disk_offload.py`` runs every subject in a process of its own, which holds the plain model as well and
+alternates the two: the ratio of such a pair does not move with the machine's speed. Memory is measured in a
+second process that holds the subject alone. Peers that are not installed are left out and named.
+
+Needs diffusers and safemap; measures accelerate and DiffSynth-Studio where they are installed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CONFIG = {"num_layers": 12, "attention_head_dim": 128, "num_attention_heads": 12, "joint_attention_dim": 3584}
+TOKENS = {"small": (4, 64), "moderate": (32, 64)}  # side of the image in tokens, text tokens
+SHARD_NBYTES = 600_000_000
+LINE = "{:28} {:>7} {:>7} {:>9} {:>10} {:>8} {:>7}"
+RESTING = ("offload", "onload", "preparing")
+
+
+def model_class() -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel
+
+
+def skeleton() -> nn.Module:
+    from skipinit import skip_model_initialization
+
+    with skip_model_initialization():
+        return model_class()(**CONFIG).eval()
+
+
+def inputs(model: Any, tokens: str) -> dict[str, Any]:
+    side, text = TOKENS[tokens]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(
+            1, side * side, model.config.in_channels, generator=generator
+        ).bfloat16(),
+        "encoder_hidden_states": torch.randn(
+            1, text, CONFIG["joint_attention_dim"], generator=generator
+        ).bfloat16(),
+        "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.bool),
+        "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
+        "img_shapes": [[(1, side, side)]],
+        "return_dict": False,
+    }
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Write the weights in shards, unless they are there."""
+    from safetensors.torch import save_file
+
+    if (folder / "whole").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    shards = 0
+    for name, parameter in [*skeleton().state_dict().items(), (None, None)]:
+        if name is not None and parameter is not None:
+            values = torch.randn(parameter.shape, generator=generator) * 0.02
+            shard[name] = values.bfloat16()
+        if shard and (name is None or sum(t.nbytes for t in shard.values()) > SHARD_NBYTES):
+            save_file(shard, folder / f"model-{shards}.safetensors")
+            shard, shards = {}, shards + 1
+    (folder / "whole").touch()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file) for file in folder.glob("*.safetensors"))
+
+
+# -- subjects -----------------------------------------------------------------------------------------
+
+
+def plain(folder: Path) -> nn.Module:
+    from safemap import load_state_dict
+
+    model = skeleton()
+    model.load_state_dict(load_state_dict(files(folder)), assign=True)
+    return model
+
+
+def module_map(linear: type, module: type, own: type) -> dict[type[nn.Module], type]:
+    """Every module with parameters of its own, for our layer classes or those of DiffSynth-Studio."""
+    faces: dict[type[nn.Module], type] = {nn.Linear: linear}
+    for part in skeleton().modules():
+        if type(part) not in faces and next(part.parameters(recurse=False), None) is not None:
+            faces[type(part)] = own if any(True for _ in part.children()) else module
+    return faces
+
+
+def on_disk(dtype: torch.dtype) -> dict[str, Any]:
+    config: dict[str, Any] = {f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")}
+    return config | {"computation_dtype": dtype, "computation_device": "cpu"}
+
+
+def ours(folder: Path, *, mmap: bool) -> nn.Module:
+    import offload_layers as layers
+    from safemap import DiskMap
+
+    faces = module_map(layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
+    source = DiskMap(files(folder), mmap=mmap)
+    return layers.enable_vram_management(skeleton(), faces, on_disk(torch.bfloat16), None, source)
+
+
+def diffsynth(folder: Path) -> nn.Module:
+    try:
+        root = Path(str(importlib.metadata.distribution("diffsynth").locate_file("diffsynth")))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("diffsynth is not installed") from error
+    for name, path in (("diffsynth", root), ("diffsynth.core", root / "core")):
+        package = types.ModuleType(name)  # without what its __init__ imports: pipelines, torchvision ...
+        package.__path__ = [str(path)]
+        sys.modules[name] = package
+    layers = importlib.import_module("diffsynth.core.vram.layers")
+    faces = module_map(layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
+    disk_map = layers.DiskMap(files(folder), "cpu")
+    with layers.skip_model_initialization():
+        model = model_class()(**CONFIG).eval()
+    return layers.enable_vram_management(model, faces, on_disk(torch.bfloat16), None, disk_map)  # type: ignore[no-any-return]
+
+
+def accelerate(folder: Path, *, disk: bool) -> nn.Module:
+    from accelerate import cpu_offload, disk_offload
+
+    model = plain(folder)
+    if not disk:
+        return cpu_offload(model, execution_device=torch.device("cpu"))  # type: ignore[no-any-return]
+    return disk_offload(model, str(folder / "accelerate"), execution_device=torch.device("cpu"))  # type: ignore[no-any-return]
+
+
+def diffusers(folder: Path, *, level: str, disk: bool) -> nn.Module:
+    from diffusers.hooks import apply_group_offloading
+
+    model = plain(folder)
+    target = folder / f"diffusers-{level}"
+    apply_group_offloading(
+        model,
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type=f"{level}_level",
+        num_blocks_per_group=1 if level == "block" else None,
+        offload_to_disk_path=str(target) if disk else None,
+    )
+    return model
+
+
+SUBJECTS: dict[str, Callable[[Path], nn.Module]] = {
+    "offload-layers, disk, mmap": lambda f: ours(f, mmap=True),
+    "offload-layers, disk, read": lambda f: ours(f, mmap=False),
+    "DiffSynth-Studio, disk": diffsynth,
+    "accelerate, cpu_offload": lambda f: accelerate(f, disk=False),
+    "accelerate, disk_offload": lambda f: accelerate(f, disk=True),
+    "diffusers, block, host": lambda f: diffusers(f, level="block", disk=False),
+    "diffusers, block, disk": lambda f: diffusers(f, level="block", disk=True),
+    "diffusers, leaf, disk": lambda f: diffusers(f, level="leaf", disk=True),
+}
+
+
+# -- one measurement, in a process of its own ----------------------------------------------------------
+
+
+def memory() -> dict[str, int]:
+    """Resident bytes of this process: its own, and of mapped files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM")}
+
+
+def clear_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@torch.no_grad()
+def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, what: str) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    model_class()
+    before = memory()["RssAnon"]
+    model = SUBJECTS[subject](folder)
+    arguments = inputs(model, tokens)
+    model(**arguments)  # what is learned or allocated once
+    if what == "memory":
+        clear_peak()
+        first = memory()
+        for _ in range(20):
+            model(**arguments)
+        last = memory()
+        return {
+            "anonymous_nbytes": last["RssAnon"] - before,
+            "mapped_nbytes": last["RssFile"],
+            "growth_nbytes": last["RssAnon"] - first["RssAnon"],
+        }
+    reference = plain(folder)
+    expected = reference(**arguments)[0]
+    ratios, seconds = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        reference(**arguments)
+        middle = time.perf_counter()
+        output = model(**arguments)[0]
+        end = time.perf_counter()
+        ratios.append((end - middle) / (middle - start))
+        seconds.append(middle - start)
+    return {
+        "ratio": statistics.median(ratios),
+        "ratios": sorted(ratios),
+        "plain_s": statistics.median(seconds),
+        "identical": bool(torch.equal(output, expected)),
+    }
+
+
+def in_a_process(arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        return {"error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
+    return json.loads(run.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of forwards (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    options = parser.parse_args()
+    if options.measure:
+        subject, folder, tokens, rounds, threads, what = options.measure
+        found = measure(subject, Path(folder), tokens, int(rounds), int(threads), what)
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        make_checkpoint(folder)
+        rows = []
+        print(LINE.format("subject", "threads", *TOKENS, "anonymous", "mapped", "growth"))
+        for subject in options.subjects:
+            used = in_a_process([subject, str(folder), "small", "0", "2", "memory"])
+            for threads in options.threads:
+                row = {"subject": subject, "threads": threads, "memory": used}
+                for tokens in TOKENS:
+                    arguments = [subject, str(folder), tokens, str(options.rounds), str(threads), "time"]
+                    row[tokens] = in_a_process(arguments)
+                rows.append(row)
+                show(row)
+    if options.output:
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+        text = {"date": str(datetime.date.today()), "machine": machine, "config": CONFIG, "rows": rows}
+        options.output.write_text(json.dumps(text, indent=1))
+
+
+def show(row: dict[str, Any]) -> None:
+    def cell(values: dict[str, Any], key: str, scale: float = 1.0, form: str = ".2f") -> str:
+        return format(values[key] / scale, form) if key in values else "-"
+
+    times = [
+        cell(row[tokens], "ratio") + ("" if row[tokens].get("identical", True) else "!") for tokens in TOKENS
+    ]
+    used = [cell(row["memory"], f"{k}_nbytes", 1e6, ",.0f") for k in ("anonymous", "mapped", "growth")]
+    line = (row["subject"], row["threads"], *times, *used)
+    print(LINE.format(*line), flush=True)
+    for part in (*TOKENS, "memory"):
+        if "error" in row[part]:
+            print(f"    {part}: {row[part]['error']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
