@@ -92,7 +92,8 @@ def minimum(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """Test the packages together, on real model classes and a real checkpoint."""
     install(session, ["integration"], PACKAGES)
-    python(session, "-m", "pytest", "integration-tests", "README.md", "--device=cpu", *session.posargs)
+    where = ["integration-tests", "README.md", "docs"]  # the Python blocks of the pages are tests
+    python(session, "-m", "pytest", *where, "--device=cpu", *session.posargs)
 
 
 @nox.session
@@ -127,7 +128,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("device", DEVICES)
 def bench(session: nox.Session, device: str) -> None:
-    """Run the quick benchmarks; ``-- --benchmark-autosave`` keeps them, ``-- --benchmark-compare`` compares."""
+    """Run the quick benchmarks; ``-- --benchmark-autosave`` keeps the figures."""
     check_device(session, device)
     install(session, ["test"], PACKAGES)
     where = [str(folder) for folder in sorted(ROOT.glob("packages/*/benchmarks"))]

@@ -28,10 +28,9 @@ class skip_model_initialization:
     the outer one. One object may be used many times, also by several threads.
 
     Args:
-        device: Where the parameters made in the block go. ``"meta"``: they have no values and no storage. Any
-            other
-            device: they have the values of a plain construction, are moved there one by one, and are not
-                skipped.
+        device: Where the parameters made in the block go. ``"meta"``: they have no values and no storage. On
+            any other device they have the values of a plain construction: they are moved there one by one,
+            and nothing is skipped.
 
     Raises:
         NestedBlockError: on entering a block inside one with another device.
