@@ -104,6 +104,8 @@ def convert(
     except SafemapError:
         raise
     except Exception as error:
+        if recorder.failure and isinstance(recorder.failure[0], ConverterError):
+            raise recorder.failure[0] from error  # Python turns a TypeError in an operator into another one
         names = _on_names(sources, converter) if isinstance(error, (AttributeError, TypeError)) else None
         if names is not None:
             return Converted(label, names)

@@ -68,6 +68,8 @@ class View:
 
     def hull(self) -> list[Piece]:
         """Return the pieces from the first element in memory to the last one."""
+        if not self.hull_nbytes:  # its offset may lie behind the end
+            return []
         return self.content.part(self.offset, self.offset + self.hull_nbytes)
 
     def runs(self) -> list[tuple[int, int]] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from safemap._errors import ConverterError
-from safemap._lazy_content import Content, Held, Result
+from safemap._lazy_content import Content, Held, Result, Source
 from safemap._lazy_evaluate import view_of
 from safemap._lazy_graph import CPU, Operation, OutputInfo, View, Whole, source_ranges
-from safemap._lazy_rules import RULES
+from safemap._lazy_rules import RULES, overlaps_itself
 from safemap._lazy_tensor import LazyTensor, Storage
 
 _log = logging.getLogger("safemap.converter")
@@ -77,6 +78,7 @@ class Recorder:
         with self._lock:
             args, kwargs = tree_map(self._own, (args, kwargs))
             try:
+                self.failure = None
                 return self._call(function, args, kwargs)
             except Exception as error:
                 self.failure = error, _call_text(function, args, kwargs)
@@ -89,7 +91,7 @@ class Recorder:
             if outcome is not NotImplemented:
                 return outcome
         if torch.Tag.inplace_view in function.tags:
-            raise self.refusal(function, args, kwargs, "changes the shape of a tensor in place")
+            return args[0].change_layout(function, args, kwargs)
         if function in _VALUES or (_VALUE_TAGS & set(function.tags) and function not in _INDEXING):
             return self._run_now(function, args, kwargs)
         return self._record(function, args, kwargs)
@@ -102,8 +104,8 @@ class Recorder:
 
     def _record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         written = _written(function, args, kwargs)
-        if any(not isinstance(leaf, LazyTensor) for leaf in written):
-            return self._run_now(function, args, kwargs)  # a real tensor is written to: only real values do
+        if any(not isinstance(leaf, LazyTensor) or overlaps_itself(leaf) for leaf in written):
+            return self._run_now(function, args, kwargs)  # a real tensor needs values; torch refuses the rest
         if len(written) > 1 or (written and (not args or args[0] is not written[0])):
             raise self.refusal(function, args, kwargs, "writes to more than its first argument")
         device = kwargs.get("device")
@@ -193,12 +195,18 @@ class Recorder:
             if not isinstance(leaf, LazyTensor):
                 return leaf
             view = leaf.view_now()
-            if not any(leaf is other for other in written):
+            is_written = any(leaf is other for other in written)
+            if view.is_dense and not is_written:
                 return self.force(view, str(function))
-            nbytes = view.content.nbytes
-            everything = View(view.content, torch.uint8, (nbytes,), (1,), 0, view.device)
-            buffers[id(leaf)] = self.force(everything, str(function))
-            return view_of(buffers[id(leaf)], view)
+            # with its strides, by which some operators decide what they accept
+            start, stop = (
+                (0, view.content.nbytes) if is_written else (view.offset, view.offset + view.hull_nbytes)
+            )
+            memory = View(view.content, torch.uint8, (stop - start,), (1,), start, view.device)
+            buffer = self.force(memory, str(function))
+            if is_written:
+                buffers[id(leaf)] = buffer
+            return view_of(buffer, replace(view, offset=view.offset - start))
 
         values, keywords = tree_map(value, (args, kwargs))
         outputs = function(*values, **keywords)
@@ -250,11 +258,12 @@ class Recorder:
 
 
 def describe(view: View) -> str:
-    """Name the stored tensors that *view* comes from."""
+    """Say what *view* is: a stored tensor or a part of one, or made of which."""
     names = [f'"{source.name}"' for source in source_ranges([view])]
+    if len(names) == 1 and all(isinstance(piece.leaf, Source) for piece in view.hull()):
+        return f"tensor {names[0]}"
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    made = "" if len(names) == 1 and view.is_dense else f" of shape {list(view.shape)}"
-    return f"tensor {shown}" if names and not made else f"a tensor{made} made of {shown or 'no stored ones'}"
+    return f"a tensor of shape {list(view.shape)} made of {shown or 'no stored ones'}"
 
 
 def _call_text(function: Any, args: Any, kwargs: Any) -> str:

@@ -78,6 +78,8 @@ def _cat(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     tensors = list(args[0])
     if any(tensor.dim() == 0 for tensor in tensors):
         return NotImplemented  # torch has an error for it
+    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+        return NotImplemented
     tensors = [tensor for tensor in tensors if tuple(tensor.shape) != (0,)] or tensors[:1]  # as torch does
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     return _joined(recorder, tensors, dim, stacked=False)
@@ -193,14 +195,17 @@ def _destination(target: Tensor) -> View | None:
     """Return the view that is written to, if each of its elements has a place of its own."""
     if not isinstance(target, LazyTensor) or target.storage_.device.type != "cpu":
         return None
-    view = target.view_now()
-    axes = sorted((s, e) for e, s in zip(view.shape, view.stride, strict=True) if e > 1)
+    return None if overlaps_itself(target) else target.view_now()
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Tell whether two elements of a tensor may have the same place."""
     reach = 1
-    for step, extent in axes:
-        if step < reach:
-            return None
-        reach = step * (extent - 1) + reach
-    return view
+    for step, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1 and step < reach:
+            return True
+        reach += step * (extent - 1)
+    return False
 
 
 def _expanded(view: View, shape: tuple[int, ...]) -> View | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves
 
 from safemap._errors import ConverterError
@@ -93,6 +94,13 @@ class LazyTensor(Tensor):
                 self.stride(),
             )
         return self._meta
+
+    def change_layout(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyTensor:
+        """Apply an operator that gives this same object another shape or other strides, such as ``t_``."""
+        with no_dispatch():
+            function(*args, **kwargs)
+        self._view = self._meta = None
+        return self
 
     def values(self, operation: str) -> Tensor:  # type: ignore[override]
         """Read the tensor now, because *operation* cannot be recorded."""
