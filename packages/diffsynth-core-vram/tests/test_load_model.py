@@ -10,7 +10,6 @@ from diffsynth_core_vram import (
     CheckpointMismatchError,
     load_model,
 )
-from safemap import ConverterError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -165,11 +164,11 @@ def test_converter_that_computes(plain, state, tmp_path):
         return rest | {"scale": torch.cat([checkpoint["scale.0"], checkpoint["scale.1"]])}
 
     path = str(tmp_path / "model.safetensors")
-    for managed in ({}, {"module_map": LAYERS, "vram_config": everywhere("cpu")}):
+    on_disk = {"module_map": LAYERS, "vram_config": everywhere("disk")}
+    for managed in ({}, {"module_map": LAYERS, "vram_config": everywhere("cpu")}, on_disk):
         model = load_model(Net, path, torch_dtype=None, state_dict_converter=joined, **managed)
-        assert torch.equal(model(X), plain(X))
-    with pytest.raises(ConverterError, match="joined failed on names"):
-        load_model(Net, path, state_dict_converter=joined, module_map=LAYERS, vram_config=everywhere("disk"))
+        for _ in range(2):
+            assert torch.equal(model(X), plain(X))
 
 
 def test_wrapped_pickle(plain, state, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from offload_layers import AutoTorchModule, AutoWrappedNonRecurseModule, Policy, enable_vram_management
-from safemap import ConverterError, DiskMap
+from safemap import DiskMap
 from skipinit import skip_model_initialization
 from torch import Tensor, nn
 
@@ -42,10 +42,9 @@ def load_model(
         torch_dtype: Dtype of the model; None keeps the dtypes of the checkpoint.  As with ``Module.to``,
             integers keep theirs.  Without effect on a managed model.
         device: Where the model is.  Without effect on a managed model.
-        state_dict_converter: Called with the checkpoint as a mapping; returns a mapping in the names of the
-            model.  One that only renames, drops and repeats tensors is called with their names, and costs
-            nothing.  One that computes with tensors is called with a lazy mapping to them, and what it
-            returns is in memory beside the model; it cannot be used with layers that stay on disk.
+        state_dict_converter: Called once with the checkpoint as a dict of tensors; returns one in the names
+            of the model.  Its tensors are lazy: what it computes is evaluated tensor by tensor when the
+            model needs it, also by layers that stay on disk.
         use_disk_map: Give *state_dict_converter* the contents of a pickled file as they are.  Otherwise
             the single key ``state_dict``, ``module`` or ``model_state`` of such a file is looked into, as it
             always is without a converter.  Files are read lazily in any case.
@@ -83,12 +82,11 @@ def load_model(
     if state_dict is not None:
         source = state_dict if state_dict_converter is None else state_dict_converter(state_dict)
     else:
-        source = _open(
+        source = DiskMap(
             path,
             device if policy is None else "cpu",
-            state_dict_converter,
+            state_dict_converter=state_dict_converter,
             unwrap=state_dict_converter is None or (policy is None and not use_disk_map),
-            stays_on_disk=policy is not None and policy.offload.is_disk,
         )
     aliases = tie_aliases(model, source)
     check_fit(model, source, aliases)
@@ -108,23 +106,6 @@ def load_model(
         return manage(source)
     with Watched(source, f"Loading {type(model).__name__}") as watched:
         return manage(watched)
-
-
-def _open(
-    path: Any,
-    device: str | torch.device,
-    converter: StateDictConverter | None,
-    *,
-    unwrap: bool,
-    stays_on_disk: bool,
-) -> Mapping[str, Tensor]:
-    """Return the checkpoint in the names of the model."""
-    try:
-        return DiskMap(path, device, state_dict_converter=converter, unwrap=unwrap)
-    except ConverterError:  # it computes with tensors
-        if converter is None or stays_on_disk:
-            raise
-        return converter(DiskMap(path, device, unwrap=unwrap))
 
 
 def _assign(
