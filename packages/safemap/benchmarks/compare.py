@@ -32,7 +32,7 @@ def measure_memory(folder: Path, gigabytes: float) -> list[dict[str, Any]]:
 
 
 def memory_of(peer: str, folder: Path, gigabytes: float) -> dict[str, Any]:
-    """Sweep five times and note the highest memory above that before opening; one tensor is alive at a time."""
+    """Sweep five times, one tensor alive at a time; return the highest memory above that before opening."""
     import checkpoints
 
     paths = checkpoints.dit(folder, gigabytes)

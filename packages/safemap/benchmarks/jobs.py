@@ -1,5 +1,6 @@
 """What is measured.  Every job yields ``(case, contender, seconds, nbytes)`` for one round."""
 
+import functools
 import os
 import random
 import threading
@@ -58,7 +59,7 @@ class Open(Job):
         one = checkpoints.of_one_size(self.folder, 1)
         many = checkpoints.many_names(self.folder)
         for case, paths in (("one file", [one]), ("4 shards", self.dit()), ("50,000 tensors", [many])):
-            name = list(checkpoints.names_in_file_order(paths))[0]
+            name = next(checkpoints.names_in_file_order(paths))
             contenders = {
                 peer: lambda opened=opened, paths=paths, name=name: timed(
                     lambda: self.first(opened, paths, name)
@@ -93,20 +94,25 @@ class OneTensor(Job):
                 except Exception as error:
                     print(f"    {peer}: {error}"[:200])
             for peer, get in gets.items():
-                contenders[peer] = lambda get=get: timed(lambda: [get(n) for n in names]) / len(names)
+                contenders[peer] = functools.partial(self.per_call, get, names)
             source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
             view = memoryview(target.numpy())
             fd = os.open(path, os.O_RDONLY)
-            contenders["floor: memcpy"] = lambda source=source, target=target: (
-                timed(lambda: [target.copy_(source) for _ in names]) / len(names)
+            offsets = [offset for _, offset, _ in spans]
+            contenders["floor: memcpy"] = functools.partial(
+                self.per_call, target.copy_, [source] * len(names)
             )
-            contenders["floor: preadv"] = lambda fd=fd, view=view, spans=spans: (
-                timed(lambda: [os.preadv(fd, [view], offset) for _, offset, _ in spans]) / len(spans)
+            contenders["floor: preadv"] = functools.partial(
+                self.per_call, functools.partial(os.preadv, fd, [view]), offsets
             )
             yield from round_of(f"{megabytes:g} MB", contenders, nbytes, number)
             os.close(fd)
             for peer in gets:
                 opened[peer].__exit__(None, None, None)
+
+    @staticmethod
+    def per_call(function: Callable, arguments: list) -> float:
+        return timed(lambda: [function(argument) for argument in arguments]) / len(arguments)
 
 
 class Sweep(Job):

@@ -1,4 +1,4 @@
-"""The machine: what of a file is in the page cache, how fast bytes can come at all, how much memory is used."""
+"""The machine: what is in the page cache, how fast bytes can come at all, how much memory is used."""
 
 import ctypes
 import mmap
@@ -100,10 +100,8 @@ def memory() -> tuple[int, int]:
 
 def description() -> dict[str, Any]:
     """What the numbers depend on."""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        "",
-    )
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

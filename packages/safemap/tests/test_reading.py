@@ -274,6 +274,37 @@ def test_one_tensor_by_several_threads(threads: int, tmp_path: Path, save) -> No
     assert_same(DiskMap(disk_map.files, torch_dtype=torch.float64, threads=threads)["t"], tensor.double())
 
 
+def test_prefetch_asks_for_every_byte_in_small_requests(
+    path: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel drops what exceeds its window, so a large tensor takes many requests."""
+    import os
+
+    from safemap import _prefetch
+
+    asked: set[int] = set()
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert length <= 128 << 10
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.update(range(offset, offset + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(_prefetch, "in_background", lambda task: task())
+    with DiskMap(path) as disk_map:
+        disk_map.prefetch(["embedding", "scale", "empty"])
+        infos = [disk_map.info(name) for name in ("embedding", "scale")]
+    assert asked == {byte for info in infos for byte in range(info.offset, info.offset + info.nbytes)}
+
+
+def test_prefetch_is_only_a_hint(path: str, tensors: dict[str, Tensor]) -> None:
+    disk_map = DiskMap(path)
+    disk_map.prefetch(disk_map)
+    disk_map.close()  # while it may still be under way
+    with DiskMap(path) as disk_map, pytest.raises(KeyError):
+        disk_map.prefetch(["nothing"])
+
+
 # ---------------------------------------------------------------------- converters, load_state_dict
 
 

@@ -43,6 +43,11 @@ def for_each(task: Callable[[int], None], pieces: Sequence[int], threads: int) -
             future.result()
 
 
+def in_background(task: Callable[[], object]) -> None:
+    """Run *task* in one of the threads, some time soon."""
+    _helpers().submit(task)
+
+
 def _helpers() -> ThreadPoolExecutor:
     global _executor
     if _executor is None:
