@@ -24,8 +24,11 @@ from ._streams import Streams
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
 
 
+_running_loop = asyncio._get_running_loop
+
+
 def _current_task() -> Any:
-    loop = asyncio._get_running_loop()
+    loop = _running_loop()
     return None if loop is None else asyncio.current_task(loop)
 
 
@@ -51,7 +54,7 @@ class Block:
 
     def is_current(self) -> bool:
         """Whether the running task, on this block's thread, is the one that opened the block."""
-        loop = asyncio._get_running_loop()
+        loop = _running_loop()
         return self.depth > 0 and self._task is (None if loop is None else asyncio.current_task(loop))
 
     def open(self) -> None:

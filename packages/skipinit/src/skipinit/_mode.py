@@ -26,6 +26,8 @@ METADATA, FACTORY, INITIALIZER, FILL, DEVICE = (
 )  # fmt: skip
 #: since torch 2.12 this initializer announces itself only by asking whether its tensor is on meta
 _TRUNC_NORMAL = getattr(nn.init, "_no_grad_trunc_normal_").__code__  # noqa: B009
+#: looked up 2,000 times for a large model, so by names of their own
+_EMPTY, _FULL, _DRAWN = torch.empty, torch.full, frozenset({torch.rand, torch.randn})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
@@ -94,22 +96,22 @@ class BlockMode(TorchFunctionMode):
         if device is META:
             return None
         on_meta = {**keywords, "device": META}
-        if factory is torch.full:
+        if factory is _FULL:
             fill_value = keywords["fill_value"] if "fill_value" in keywords else arguments[1]
             if type(fill_value) not in PLAIN:
                 return None
-            tensor = torch.full(*arguments, **on_meta)
+            tensor = _FULL(*arguments, **on_meta)
         else:
-            tensor = torch.empty(*arguments, **on_meta)
+            tensor = _EMPTY(*arguments, **on_meta)
         if not tensor.numel():
             return None
-        if factory is torch.rand or factory is torch.randn:
+        if factory in _DRAWN:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 return None  # it raises
             if self.log.streams.seeded_inside():
                 return None
-        if factory is torch.full:
-            self.log.births.append((tensor, torch.empty, device))
+        if factory is _FULL:
+            self.log.births.append((tensor, _EMPTY, device))
             self.log.write(Tensor.fill_, (tensor, fill_value), {}, [], device)
         else:
             self.log.births.append((tensor, factory, device))
