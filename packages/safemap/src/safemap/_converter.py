@@ -16,6 +16,7 @@ from torch import Tensor
 from safemap._buffers import BufferPool
 from safemap._contents import Stored, map_leaves
 from safemap._errors import ConverterError, SafemapError
+from safemap._header import collector_paused
 from safemap._index import Index
 from safemap._lazy_evaluate import Evaluation
 from safemap._lazy_factories import LazyFactories
@@ -56,12 +57,13 @@ class Converted:
             return Computed(tensor, sources.places, self.converter) if entry is None else Stored(entry)
 
         converted = Index(files=index.files, metadata=index.metadata)
-        for name, value in self.state_dict.items():
-            resolved = map_leaves(value, resolve)
-            if isinstance(resolved, Stored) and isinstance(name, str):
-                converted.table[name] = resolved.entry
-            else:
-                converted.others[name] = resolved
+        with collector_paused():
+            for name, value in self.state_dict.items():
+                resolved = map_leaves(value, resolve)
+                if isinstance(resolved, Stored) and isinstance(name, str):
+                    converted.table[name] = resolved.entry
+                else:
+                    converted.others[name] = resolved
         return converted
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,8 +97,9 @@ def convert(
             return Evaluation(reader, sources.places, [view], label).result(view)
 
     recorder = Recorder(label, evaluate, read_limit)
-    tensors, originals, storages = _lazy_tensors(sources, recorder)
-    state_dict = sources.state_dict(tensors)
+    with collector_paused():
+        tensors, originals, storages = _lazy_tensors(sources, recorder)
+        state_dict = sources.state_dict(tensors)
     strings = {value for value in state_dict.values() if isinstance(value, str)}
     try:
         with torch.no_grad(), LazyFactories(recorder):
@@ -130,11 +133,12 @@ def convert(
         return Output(view if number is None else Original(number), storage)
 
     frozen = {}
-    for name, value in result.items():
-        if isinstance(value, str) and value in known and value not in strings:
-            frozen[name] = known[value]  # it passes names on instead of values
-        else:
-            frozen[name] = map_leaves(value, freeze)
+    with collector_paused():
+        for name, value in result.items():
+            if isinstance(value, str) and value in known and value not in strings:
+                frozen[name] = known[value]  # it passes names on instead of values
+            else:
+                frozen[name] = map_leaves(value, freeze)
     return Converted(label, frozen)
 
 

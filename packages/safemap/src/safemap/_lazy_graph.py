@@ -197,8 +197,8 @@ def source_ranges(needed: Iterable[View | Whole]) -> dict[Source, list[tuple[int
     ranges: dict[Source, list[tuple[int, int]]] = {}
     seen: set[Operation] = set()
     pending = [view.needed() for view in needed]
-    while pending:
-        for piece in pending.pop():
+    for pieces in pending:  # which grows meanwhile
+        for piece in pieces:
             leaf = piece.leaf
             if isinstance(leaf, Source):
                 ranges.setdefault(leaf, []).append((piece.start, piece.stop))

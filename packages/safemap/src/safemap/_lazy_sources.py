@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safemap._contents import Stored, map_leaves
 from safemap._dtypes import CODES
+from safemap._header import collector_paused
 from safemap._index import Index
 from safemap._layout import Entry, Layout
 from safemap._lazy_content import Content, Source
@@ -61,7 +62,8 @@ class Sources:
         self._names = [name for name, _ in _tensors(index)]
         self._home = [(0, 0)] * len(self.originals)  # for each tensor its source, and its offset there
         self._sizes: list[int] = []
-        self._assign()
+        with collector_paused():
+            self._assign()
 
     def _assign(self) -> None:
         files = {id(file): number for number, file in enumerate(self._index.files)}
