@@ -318,3 +318,27 @@ def test_a_file_larger_than_memory_opens(tmp_path: Path) -> None:
     path.write_bytes(head)
     os.truncate(path, len(head) + (1 << 40) + 4)
     subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(path)], check=True, timeout=120)
+
+
+WITHOUT_NUMPY = """
+import sys, warnings
+sys.modules["numpy"] = None  # importing it raises ImportError
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch
+from safemap import DiskMap, load_state_dict
+path, pickled = sys.argv[1:]
+for dtype in (None, torch.float32):
+    for source in (path, pickled):
+        disk_map = DiskMap(source, torch_dtype=dtype)
+        assert disk_map["embedding"].shape == (1200, 1000)
+        assert disk_map.slice("embedding")[5:9, :10].shape == (4, 10)
+        disk_map.read_into("embedding", torch.empty(1200, 1000))
+assert len(load_state_dict(path)) == 11
+"""
+
+
+@pytest.mark.slow
+def test_numpy_is_not_needed(path: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"embedding": tensors["embedding"]}, tmp_path / "m.pth")
+    command = [sys.executable, "-c", WITHOUT_NUMPY, path, str(tmp_path / "m.pth")]
+    subprocess.run(command, check=True, timeout=120)
