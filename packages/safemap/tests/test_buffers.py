@@ -17,14 +17,15 @@ def take(pool: BufferPool, nbytes: int) -> torch.Tensor:
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
-def test_memory_is_used_again() -> None:
+@pytest.mark.parametrize("nbytes", [8 * MIB, 8 * MIB + 5, 50 * MIB + 5])
+def test_memory_is_used_again(nbytes: int) -> None:
     pool = BufferPool()
-    first = take(pool, 8 * MIB)
+    first = take(pool, nbytes)
     address = first.data_ptr()
-    second = take(pool, 8 * MIB)
+    second = take(pool, nbytes)
     assert second.data_ptr() != address
     del first
-    assert take(pool, 8 * MIB).data_ptr() == address
+    assert take(pool, nbytes).data_ptr() == address
 
 
 def test_a_view_keeps_the_memory() -> None:

@@ -73,7 +73,7 @@ class BufferPool:
         if not _CAN_MAP:
             return None
         with self._lock:
-            self._largest = max(self._largest, nbytes)
+            self._largest = max(self._largest, round_up(nbytes, HUGE_PAGE))
             self._collect()
             self._lent_nbytes += nbytes
             self._peak_nbytes = max(self._peak_nbytes, self._lent_nbytes)
