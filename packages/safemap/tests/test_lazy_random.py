@@ -116,7 +116,7 @@ _STEPS = [
     lambda a, b, i, j: a.new_zeros(i % 4, 6),
     lambda a, b, i, j: torch.nn.Parameter(a, requires_grad=False),
     lambda a, b, i, j: a.mul_(2),
-    lambda a, b, i, j: a.add_(b.clone()),
+    lambda a, b, i, j: a.add_(b.to(a.dtype, copy=True)),
     lambda a, b, i, j: a.zero_(),
     lambda a, b, i, j: a.fill_(i),
     lambda a, b, i, j: a.copy_(b.clone()),

@@ -116,9 +116,9 @@ class Recorder:
             if device is not None:
                 meta_kwargs["device"] = torch.device("meta")
             outputs = function(*metas, **meta_kwargs)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError, AssertionError):
             # no meta implementation, an output that depends on values, or a mistake of the caller: the
-            # operator itself tells
+            # operator itself tells, in its own words
             return self._run_now(function, args, kwargs)
         if written:
             self._write(function, args, kwargs)
