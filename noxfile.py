@@ -97,6 +97,15 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
+def diffsynth(session: nox.Session) -> None:
+    """Test on the model classes and converters of the real DiffSynth-Studio, without its dependencies."""
+    install(session, ["integration"], PACKAGES)
+    session.install("--no-deps", "diffsynth==2.1.12")
+    files = ["test_converters_diffsynth.py", "test_skipinit_real_models.py"]
+    python(session, "-m", "pytest", *(f"integration-tests/{file}" for file in files), *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Run a real architecture plainly and offloaded to disk; compare time, memory and results."""
     install(session, ["demo"], PACKAGES)

@@ -25,7 +25,7 @@ try:
     _DISTRIBUTION = importlib.metadata.distribution("diffsynth")
 except importlib.metadata.PackageNotFoundError:
     pytest.skip(
-        "the diffsynth distribution is not installed (nox -s converters installs it)", allow_module_level=True
+        "the diffsynth distribution is not installed (nox -s diffsynth installs it)", allow_module_level=True
     )
 
 _FOLDER = Path(str(_DISTRIBUTION.locate_file("diffsynth")))
