@@ -219,6 +219,7 @@ def in_child(check) -> int:
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # the child has none of torch's threads
             check()
             status = 0
         finally:
@@ -233,13 +234,34 @@ def test_fork(path: str, tmp_path: Path, tensors: dict[str, Tensor], save) -> No
     disk_map["large"]  # starts the threads, which the child does not have
 
     def check() -> None:
-        torch.set_num_threads(1)
         assert_same(disk_map["large"], large)
         assert_same(disk_map["blocks.0.weight"], tensors["blocks.0.weight"])
         disk_map.close()
 
     assert in_child(check) == 0
     assert_same(disk_map["large"], large)  # the child's close is the child's
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_fork_while_another_thread_holds_the_locks(tmp_path: Path, save) -> None:
+    """The child has no thread that would open them again."""
+    large = torch.arange(3_000_000)
+    disk_map = DiskMap(save(tmp_path / "large.safetensors", {"large": large}), threads=1)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with disk_map._reader.pool._lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    try:
+        assert in_child(lambda: assert_same(disk_map["large"], large)) == 0
+    finally:
+        done.set()
+    thread.join()
 
 
 def test_pickle(path: str, tensors: dict[str, Tensor]) -> None:

@@ -17,11 +17,12 @@ import ctypes
 import functools
 import mmap
 import sys
-import threading
 import weakref
 from collections import deque
 
 from torch import Tensor
+
+from safemap._locks import ForkSafeLock
 
 MIB = 1 << 20
 HUGE_PAGE = 2 * MIB
@@ -57,7 +58,7 @@ class BufferPool:
         # by the address of the reference, since one to writable memory has no hash
         self._lent: dict[int, tuple[weakref.ref[memoryview], _Buffer, int]] = {}
         self._returned: deque[weakref.ref[memoryview]] = deque()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._lent_nbytes = self._peak_nbytes = self._resident = 0
 
     @property
@@ -75,9 +76,9 @@ class BufferPool:
         with self._lock:
             self._largest = max(self._largest, round_up(nbytes, HUGE_PAGE))
             self._collect()
-            self._lent_nbytes += nbytes
-            self._peak_nbytes = max(self._peak_nbytes, self._lent_nbytes)
+            self._peak_nbytes = max(self._peak_nbytes, self._lent_nbytes + nbytes)
             buffer = self._reuse(nbytes) or self._map(nbytes)
+            self._lent_nbytes += nbytes
             view = memoryview(buffer.memory)[:nbytes]
             ref = weakref.ref(view, self._give_back)
             self._lent[id(ref)] = ref, buffer, nbytes
@@ -92,7 +93,7 @@ class BufferPool:
     def _give_back(self, ref: "weakref.ref[memoryview]") -> None:
         # may run at any moment, even inside `take` of the same thread: so it never waits for the lock
         self._returned.append(ref)
-        if self._lock.acquire(blocking=False):
+        if self._lock.acquire_now():
             try:
                 self._collect()
             finally:
@@ -136,8 +137,9 @@ class BufferPool:
         if room < 0:
             free = sum(buffer.resident for buffer in self._free)
             self._shrink(max(0, free + room))
+        buffer = _Buffer(size)
         self._resident += size
-        return _Buffer(size)
+        return buffer
 
 
 def round_up(nbytes: int, unit: int) -> int:

@@ -16,11 +16,11 @@ Note [Changed files]
 
 import os
 import stat
-import threading
 import weakref
 from typing import NamedTuple
 
 from safemap._errors import ClosedMapError, FileChangedError, FormatError, MissingFileError
+from safemap._locks import ForkSafeLock
 from safemap._positional import read_at
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it
@@ -145,7 +145,7 @@ class OpenFiles:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._files: list[weakref.ref[File]] = []  # weak: dropping a map must close its files
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __len__(self) -> int:
         return sum((file := ref()) is not None and file.descriptor is not None for ref in self._files)
@@ -170,10 +170,6 @@ class OpenFiles:
                 holders.append(file)
             self._files = [weakref.ref(holder) for holder in holders]
 
-    def renew_lock(self) -> None:
-        """Replace a lock that another thread may have held while this process was forked."""
-        self._lock = threading.Lock()
-
 
 def _default_limit() -> int:
     """A quarter of what the process may open, at most 128."""
@@ -186,8 +182,6 @@ def _default_limit() -> int:
 
 
 _OPEN_FILES = OpenFiles(_default_limit())
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_OPEN_FILES.renew_lock)
 
 
 def _changed(file: File, found: Identity) -> str:

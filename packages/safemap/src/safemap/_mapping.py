@@ -6,13 +6,13 @@ bytes see it.  A mapping lives as long as a view of it.
 
 import mmap
 import sys
-import threading
 
 import torch
 from torch import Tensor
 
 from safemap._file import File
 from safemap._layout import Layout
+from safemap._locks import ForkSafeLock
 
 # without it the kernel may refuse to map a file larger than memory, as if all of it were to be written
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -25,7 +25,7 @@ class Mappings:
         self._renewal_elements = renewal_elements
         self._elements = 0
         self._maps: dict[File, mmap.mmap] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def view(self, file: File, layout: Layout, dtype: torch.dtype, offset: int) -> Tensor | None:
         """Return a view of stored elements, flat, or None where their position is not aligned."""
