@@ -94,14 +94,21 @@ class _Archive:
         pickled = io.BytesIO(self.archive.read(self.prefix + "data.pkl"))
         unpickler: Any = Unpickler(pickled, encoding="utf-8")
         unpickler.persistent_load = self._meta_storage
+        # torch before 2.5 notes sparse tensors here, to check them at the end of its next load
+        unchecked: list[Any] = getattr(torch._utils, "_sparse_tensors_to_validate", [])
+        others = len(unchecked)
         try:
             tree = unpickler.load()
         except (NotImplementedError, RuntimeError) as error:
+            if str(error).startswith("Unsupported "):  # torch before 2.5: an object that is no weight
+                raise _unpickling_error(self.file, error) from error
             raise _NotLazy(f"torch cannot rebuild one of its tensors without data ({error})") from error
         except _NotLazy:
             raise
         except Exception as error:  # the unpickler raises all kinds of errors on malformed input
             raise _unpickling_error(self.file, error) from error
+        finally:
+            del unchecked[others:]
         return map_leaves(tree, self._stored)
 
     def _meta_storage(self, saved_id: tuple[Any, ...]) -> Any:
