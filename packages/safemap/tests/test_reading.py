@@ -9,6 +9,7 @@ import torch
 from safemap import ConverterError, DiskMap, MismatchError, UnsupportedTensorError, load_state_dict
 from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 FLOATS = [dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize > 1]
@@ -348,3 +349,15 @@ def test_a_converter_that_fails_is_named(path: str) -> None:
 def test_a_converter_that_returns_no_dict_is_named(result: object, path: str) -> None:
     with pytest.raises(ConverterError, match="must return a dict; got"):
         DiskMap(path, state_dict_converter=lambda sd: result)
+
+
+@pytest.mark.parametrize("nbytes", [64, 600 << 10, 3 << 20])
+def test_an_ambient_device_does_not_matter(tmp_path: Path, nbytes: int) -> None:
+    tensors = {"t": torch.randn(nbytes // 16, 4)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        disk_map = DiskMap(tmp_path / "m.safetensors")
+        assert torch.equal(disk_map["t"], tensors["t"])
+        assert torch.equal(disk_map.slice("t")[1:3, 1], tensors["t"][1:3, 1])
+        half = DiskMap(tmp_path / "m.safetensors", torch_dtype=torch.float16)["t"]
+        assert torch.equal(half, tensors["t"].half())

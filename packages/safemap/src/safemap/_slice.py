@@ -98,7 +98,7 @@ def _normalize(key: Any, shape: tuple[int, ...], name: str) -> tuple[Cuts, set[i
 def read_ranges(file: File, offset: int, dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
     """Read ``tensor[start:stop, ...]`` of a stored row-major tensor; steps are ignored."""
     extents = [stop - start for start, stop, _ in cuts]
-    out = torch.empty(extents, dtype=dtype)
+    out = torch.empty(extents, dtype=dtype, device="cpu")
     if not out.numel():
         return out
     cut_axes = [axis for axis, extent in enumerate(extents) if extent != shape[axis]]
@@ -138,6 +138,6 @@ def _read_rows(
             base = base * extent + index
         for begin in range(start, stop, rows_at_once):
             end = min(stop, begin + rows_at_once)
-            piece = torch.empty((end - begin, *shape[last:]), dtype=dtype)
+            piece = torch.empty((end - begin, *shape[last:]), dtype=dtype, device="cpu")
             file.read_into(bytes_of(piece), offset + (base * shape[axis] + begin) * row * dtype.itemsize)
             flat[block, begin - start : end - start] = piece[:, inside]
