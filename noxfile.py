@@ -19,6 +19,7 @@ GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ["skipinit", "safemap", "offload-layers", "diffsynth-core-vram"]  # in order of dependence
 PROJECTS = {p: nox.project.load_toml(ROOT / "packages" / p / "pyproject.toml")["project"] for p in PACKAGES}
 DEVICES = [nox.param(d, id=d, tags=[d]) for d in ("cpu", "cuda")]
+DIFFSYNTH = "diffsynth==2.1.12"  # the real DiffSynth-Studio; some of its dependencies have no CPU build
 NO_TEST_FOR_THIS_DEVICE = 5  # pytest's exit code when nothing was selected
 
 
@@ -100,8 +101,8 @@ def integration(session: nox.Session) -> None:
 def diffsynth(session: nox.Session) -> None:
     """Test on the model classes and converters of the real DiffSynth-Studio, without its dependencies."""
     install(session, ["integration"], PACKAGES)
-    session.install("--no-deps", "diffsynth==2.1.12")
-    files = ["test_converters_diffsynth.py", "test_skipinit_real_models.py"]
+    session.install("--no-deps", DIFFSYNTH)
+    files = ["test_converters_diffsynth.py", "test_converters_layouts.py", "test_skipinit_real_models.py"]
     python(session, "-m", "pytest", *(f"integration-tests/{file}" for file in files), *session.posargs)
 
 
@@ -144,6 +145,23 @@ def bench(session: nox.Session, device: str) -> None:
     options = ["--benchmark-only", "--benchmark-group-by=group", f"--device={device}"]
     codes = (0, NO_TEST_FOR_THIS_DEVICE) if device == "cuda" else (0,)
     python(session, "-m", "pytest", *where, *options, *session.posargs, success_codes=codes)
+
+
+PEER_BENCHMARKS = {
+    "skipinit": "packages/skipinit/benchmarks/construction.py",
+    "safemap": "packages/safemap/benchmarks/compare.py",
+    "converters": "packages/safemap/benchmarks/converters.py",
+    "offload-layers": "packages/offload-layers/benchmarks/disk_offload.py",
+}
+
+
+@nox.session
+@nox.parametrize("benchmark", list(PEER_BENCHMARKS), ids=list(PEER_BENCHMARKS))
+def peers(session: nox.Session, benchmark: str) -> None:
+    """Compare with other libraries in one run; the options of the script come after ``--``."""
+    install(session, ["peers"], PACKAGES)
+    session.install("--no-deps", DIFFSYNTH)
+    python(session, PEER_BENCHMARKS[benchmark], *session.posargs)
 
 
 @nox.session
