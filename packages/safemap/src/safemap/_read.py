@@ -110,7 +110,7 @@ class Reader:
     def allocate(self, numel: int, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
         """Return uninitialized memory on the CPU, flat; large tensors lie in the pool."""
         if pin or not numel:
-            return torch.empty(numel, dtype=dtype, pin_memory=pin)
+            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pin)
         return self._allocate(dtype, (numel,), numel * dtype.itemsize)[0]
 
     def read_parts(self, parts: Sequence[tuple[File, int, Tensor]], stored: torch.dtype) -> None:
@@ -185,7 +185,7 @@ class Reader:
             view = self.pool.take(nbytes)
             if view is not None:
                 return torch.frombuffer(view, dtype=dtype).view(shape), view
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         return tensor, bytes_of(tensor)
 
     def _fill(self, file: File, offset: int, stored: torch.dtype, out: Tensor) -> None:
