@@ -23,9 +23,9 @@ from safemap._parallel import for_each
 from safemap._slice import Cuts, read_ranges
 
 SMALL = 256 << 10
-# Below, malloc itself lends touched memory again (Source: glibc's largest threshold for mapping is 32 MiB), and
-# the first huge pages may have to wait for the kernel to move others (measured: 44 ms for 18 MB)
-POOLED = 32 * MIB
+# from here on memory comes from the pool: malloc would also lend touched memory again, up to 32 MiB, but in a
+# heap that small tensors fragment (measured: 120 MB more after a sweep)
+POOLED = 4 * MIB
 CHUNK = 8 * MIB  # what one thread reads at a time
 _preadv = getattr(os, "preadv", None)
 _fstat = os.fstat
