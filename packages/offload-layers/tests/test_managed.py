@@ -343,6 +343,19 @@ def test_two_threads_run_one_model(
     assert all(r.budget.statistics().lent_nbytes >= 0 for r in residencies(model))
 
 
+def test_changes_of_a_view_that_the_source_gave_are_kept(linear: nn.Linear) -> None:
+    source = {f"0.{name}": tensor.clone() for name, tensor in linear.state_dict().items()}
+    pristine = {name: tensor.clone() for name, tensor in source.items()}
+    model = nn.Sequential(copy.deepcopy(linear), nn.Linear(3, 3))
+    source |= {f"1.{name}": tensor.clone() for name, tensor in model[1].state_dict().items()}
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    model[0].weight.data.add_(1)
+    model[1](torch.zeros(3))
+    source.update(pristine)  # as a mapping of a file that is renewed
+    assert torch.equal(model[0].weight, linear.weight + 1)
+    assert torch.equal(model[0].bias, linear.bias)
+
+
 @pytest.mark.parametrize("change", ["add_", "data.add_", "data =", "data +="])
 def test_changes_of_a_weight_in_place_are_kept_wherever_it_is(
     linear: nn.Linear, config: Config, change: str
