@@ -18,7 +18,7 @@ def main(result_path: str, picture: str) -> None:
         points = sorted(
             (row["nbytes"] / 1e6, row["bytes_per_s"] / 1e9) for row in rows if row["peer"] == peer
         )
-        if peer != "safemap mmap=True":
+        if points:
             left.plot(
                 *zip(*points, strict=True), style, label=peer, color=PEERS.get(peer, "0.5"), markersize=4
             )
