@@ -242,14 +242,38 @@ class DiskMap(Mapping[str, Tensor]):
         return TensorSlice(name, self.info(name), read_ranges)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Start bringing tensors into the page cache; returns at once.  Purely a hint."""
-        entries: list[Entry] = []
+        """Start bringing tensors into the page cache; returns at once.  Purely a hint.
+
+        With ``mmap=True`` their pages are mapped as well, on a thread that leaves the interpreter free, so
+        that reading the views meets no page fault.  They count as resident memory from then on; see
+        ``release``.
+        """
+        views, others = self._entries(names)
+        prefetch(views, others, self._reader.mappings)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the pages of tensors go from this process' resident memory; for maps with ``mmap=True``.
+
+        Views of them stay valid: what is read again comes back from the page cache, or from disk.  Pages that
+        were written through a view are kept, so no value changes; but no other thread may be writing to one
+        meanwhile.  Without ``mmap``, or on a system that does not tell which pages were written, nothing
+        happens.
+        """
+        views, _ = self._entries(names)
+        if self._reader.mappings is not None:
+            for entry in views:
+                self._reader.mappings.let_go(entry)
+
+    def _entries(self, names: Iterable[str]) -> tuple[list[Entry], list[Entry]]:
+        """Return what has to be read from files for *names*: stored tensors, and what others are made of."""
+        stored: list[Entry] = []
+        parts: list[Entry] = []
         for entry in map(self._find, names):
             if isinstance(entry, Computed):
-                entries += entry.entries()
+                parts += entry.entries()
             elif not isinstance(entry, Tensor):
-                entries.append(entry)
-        prefetch(entries)
+                stored.append(entry)
+        return stored, parts
 
     @property
     def metadata(self) -> Mapping[str, str]:

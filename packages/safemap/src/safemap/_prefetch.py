@@ -1,4 +1,4 @@
-"""Bringing what will be read soon into the page cache."""
+"""Bringing what will be read soon into the page cache, and into a mapping if there is one."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from safemap._errors import SafemapError
 from safemap._layout import Entry
+from safemap._mapping import Mappings
 from safemap._parallel import in_background
 
 # Source: mm/readahead.c of Linux reads no more of one request than the read-ahead window of the device,
@@ -13,16 +14,30 @@ from safemap._parallel import in_background
 _WINDOW = 128 << 10
 
 
-def prefetch(entries: Sequence[Entry]) -> None:
-    """Ask the kernel for the bytes of *entries*, in the background; without a kernel that can, do nothing."""
+def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings | None) -> None:
+    """Ask the kernel for bytes of files, in the background; without a kernel that can, do nothing.
+
+    Args:
+        stored: Tensors, which with *mappings* will be views.
+        parts: What is read into memory in any case.
+        mappings: None if there are no views.
+    """
+
+    def work() -> None:
+        with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
+            for entry in stored:
+                if mappings is None or not mappings.bring_in(entry):
+                    _advise(entry)
+            for entry in parts:
+                _advise(entry)
+
     if hasattr(os, "posix_fadvise"):
-        in_background(lambda: _advise(entries))
+        in_background(work)
 
 
-def _advise(entries: Sequence[Entry]) -> None:
-    with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
-        for file, layout, offset in entries:
-            descriptor = file.open()
-            for start in range(offset, offset + layout.nbytes, _WINDOW):
-                length = min(_WINDOW, offset + layout.nbytes - start)
-                os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
+def _advise(entry: Entry) -> None:
+    file, layout, offset = entry
+    descriptor = file.open()
+    for start in range(offset, offset + layout.nbytes, _WINDOW):
+        length = min(_WINDOW, offset + layout.nbytes - start)
+        os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)

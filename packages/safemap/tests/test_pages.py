@@ -1,0 +1,177 @@
+"""Pages of mapped files: brought in ahead, let go behind, and never a value lost."""
+
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safemap import DiskMap, MissingTensorError, _pages, _prefetch
+from safemap.testing import assert_same
+from torch import Tensor
+
+PAGE = mmap.PAGESIZE
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ and /proc")
+
+
+def resident_pages(tensor: Tensor) -> int:
+    """How many pages of a view this process has mapped, as the kernel tells."""
+    start = tensor.data_ptr() // PAGE
+    stop = -(-(tensor.data_ptr() + tensor.nbytes) // PAGE)
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        pagemap.seek(start * 8)
+        entries = pagemap.read((stop - start) * 8)
+    return sum(entries[i] >> 7 for i in range(7, len(entries), 8))
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefetch at once instead of in the background."""
+    monkeypatch.setattr(_prefetch, "in_background", lambda task: task())
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(1000, 1000, generator=generator) for name in "abc"}
+
+
+@pytest.fixture
+def mapped(weights: dict[str, Tensor], tmp_path: Path, save: Callable[..., str]) -> DiskMap:
+    return DiskMap(save(tmp_path / "m.safetensors", weights), mmap=True)
+
+
+@linux
+def test_prefetch_maps_every_page(mapped: DiskMap, weights: dict[str, Tensor], now: None) -> None:
+    view = mapped["b"]
+    mapped.release(["b"])
+    assert resident_pages(view) == 0
+    mapped.prefetch(["b"])
+    assert resident_pages(view) == -(-(view.data_ptr() % PAGE + view.nbytes) // PAGE)
+    assert_same(view, weights["b"])
+
+
+@linux
+def test_release_lets_every_page_go_and_values_come_back(mapped: DiskMap, weights: dict[str, Tensor]) -> None:
+    views = {name: mapped[name] for name in weights}
+    for name, view in views.items():
+        assert_same(view, weights[name])
+        assert resident_pages(view) > 900
+        mapped.release([name])
+        assert resident_pages(view) == 0
+        assert_same(view, weights[name])
+
+
+@linux
+@pytest.mark.parametrize("index", [0, -1, 500_000, slice(None, None, 5000), slice(None)], ids=str)
+def test_release_keeps_what_was_written(index: object, mapped: DiskMap, weights: dict[str, Tensor]) -> None:
+    """First page, last page, shared with the neighbours, scattered pages, all pages."""
+    views = {name: mapped[name] for name in weights}
+    views["b"].view(-1)[index] = 7
+    weights["b"].view(-1)[index] = 7
+    before = resident_pages(views["b"])
+    mapped.release(["a", "b", "c"])
+    assert resident_pages(views["b"]) <= before
+    for name, view in views.items():
+        assert_same(view, weights[name])
+
+
+@linux
+def test_release_reaches_mappings_that_were_renewed(tmp_path: Path, weights: dict[str, Tensor], save) -> None:
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", weights), mmap=True, buffer_size=10)
+    first, second = disk_map["a"], disk_map["a"]
+    assert first.data_ptr() != second.data_ptr()
+    assert first.sum() == second.sum()
+    disk_map.release(["a"])
+    assert resident_pages(first) == resident_pages(second) == 0
+
+
+@linux
+def test_mappings_end_with_their_views(mapped: DiskMap) -> None:
+    view = mapped["a"]
+    alive = next(iter(mapped._reader.mappings._alive.values()))
+    mapped._reader.mappings.drop()
+    assert len(alive) == 1
+    del view
+    assert len(alive) == 0
+
+
+@linux
+def test_nothing_is_dropped_where_the_kernel_does_not_tell(
+    mapped: DiskMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(address: int, pages: int) -> Tensor:
+        raise PermissionError("no pagemap")
+
+    view = mapped["a"]
+    view.zero_()
+    monkeypatch.setattr(_pages, "_written", refuse)
+    mapped.release(["a"])
+    assert not view.any()
+    assert resident_pages(view) > 900
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise")
+def test_older_kernels_are_asked_for_the_page_cache(
+    mapped: DiskMap, now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(_pages, "_madvise", lambda address, length, advice: -1)  # EINVAL
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append(length))
+    mapped.prefetch(["a"])
+    assert sum(asked) == 4_000_000
+
+
+def test_without_the_system_call_both_do_nothing_and_values_are_right(
+    mapped: DiskMap, weights: dict[str, Tensor], now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pages, "_madvise", None)
+    mapped.prefetch(weights)
+    view = mapped["a"]
+    view[0] = 1
+    weights["a"][0] = 1
+    mapped.release(weights)
+    assert_same(view, weights["a"])
+
+
+@linux
+def test_prefetch_of_a_truncated_file_kills_nothing(
+    mapped: DiskMap, now: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check before mapping sees a truncation; one that happens after the check must be survived too."""
+    view = mapped["a"]
+    monkeypatch.setattr("safemap._file.File.check_unchanged", lambda self, descriptor: None)
+    os.truncate(tmp_path / "m.safetensors", PAGE)
+    mapped.prefetch(["b", "c"])
+    mapped.release(["b", "c"])
+    del view
+
+
+@pytest.mark.parametrize("options", [{}, {"mmap": True}], ids=str)
+def test_hints_for_every_kind_of_tensor(options, path: str, tensors: dict[str, Tensor], now: None) -> None:
+    disk_map = DiskMap(path, **options)
+    for _ in range(2):
+        disk_map.prefetch(tensors)
+        found = dict(disk_map)
+        disk_map.release(tensors)
+        for name, tensor in tensors.items():
+            assert_same(found[name], tensor)
+    with pytest.raises(MissingTensorError):
+        disk_map.release(["nothing"])
+
+
+def test_computed_tensors_are_read_not_mapped(
+    path: str, tensors: dict[str, Tensor], now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not come from the mapping, so mapping their sources would only take memory."""
+
+    def refuse(*_: object) -> bool:
+        raise AssertionError("mapped")
+
+    disk_map = DiskMap(path, mmap=True, state_dict_converter=lambda sd: {"two": sd["embedding"] * 2})
+    monkeypatch.setattr("safemap._mapping.bring_in", refuse)
+    disk_map.prefetch(["two"])
+    disk_map.release(["two"])
+    assert_same(disk_map["two"], tensors["embedding"] * 2)
