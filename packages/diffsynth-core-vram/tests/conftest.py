@@ -69,11 +69,18 @@ REAL_FILES = {
     "diffsynth/configs/__init__.py": "",
     "diffsynth/core/__init__.py": "from .loader import *\nfrom .vram import *",
     "diffsynth/core/loader/__init__.py": "from .file import load_state_dict\nfrom .model import load_model",
-    "diffsynth/core/loader/file.py": "def load_state_dict(): return 'real'",
+    "diffsynth/core/loader/file.py": """
+        def load_state_dict(): return 'real'
+        def load_state_dict_from_bin(file_path, torch_dtype=None, device="cpu"): return [file_path, device]
+        def convert_state_dict_to_keys_dict(state_dict): return ["keys", state_dict]
+        def load_keys_dict_from_bin(file_path): return 'real'
+    """,
     "diffsynth/core/loader/model.py": """
         from ..vram.initialization import skip_model_initialization
         from ..vram.disk_map import DiskMap
         from ..vram.layers import enable_vram_management
+        import os
+        def is_deepspeed_zero3_enabled(): return 'ZERO3' in os.environ
         def load_model(): return 'real'
     """,
     "diffsynth/core/vram/__init__.py": """
@@ -87,6 +94,28 @@ REAL_FILES = {
         class AutoTorchModule: pass
         class AutoWrappedLinear(AutoTorchModule): pass
         def enable_vram_management(): return 'real'
+    """,
+    "diffsynth/models/__init__.py": "",
+    "diffsynth/models/model_loader.py": """
+        from ..core.loader import load_model
+        from ..core.vram.layers import AutoWrappedLinear as AutoWrappedModule
+        VRAM_MANAGEMENT_MODULE_MAPS = {
+            "models.Mapped": {"layers.Linear": "ours.Linear", "layers.Gone": "ours.Module"},
+            "models.Versioned": {},
+        }
+        VERSION_CHECKER_MAPS = {"models.Versioned": lambda: {"layers.New": "ours.Module"}}
+        class ModelPool:
+            def import_model_class(self, name):
+                if name == "layers.Gone": raise AttributeError("no attribute 'Gone'")
+                return name
+            def need_to_enable_vram_management(self, config): return config["offload_dtype"] is not None
+            def fetch_module_map(self, model_class, config): return 'real'
+    """,
+    "diffsynth/diffusion/__init__.py": "",
+    "diffsynth/diffusion/base_pipeline.py": """
+        from ..core import load_state_dict
+        class BasePipeline:
+            def load_models_to_device(self, model_names): return 'real'
     """,
 }
 
