@@ -99,11 +99,12 @@ def integration(session: nox.Session) -> None:
 
 @nox.session
 def diffsynth(session: nox.Session) -> None:
-    """Test on the model classes and converters of the real DiffSynth-Studio, without its dependencies."""
-    install(session, ["integration"], PACKAGES, "einops")
+    """Test with the real DiffSynth-Studio; two dependencies without a CPU build have stand-ins."""
+    install(session, ["integration", "studio"], PACKAGES)
     session.install("--no-deps", DIFFSYNTH)
     files = ["test_converters_diffsynth.py", "test_converters_layouts.py", "test_skipinit_real_models.py"]
     python(session, "-m", "pytest", *(f"integration-tests/{file}" for file in files), *session.posargs)
+    python(session, "-m", "pytest", "integration-tests/studio", *session.posargs)
 
 
 @nox.session

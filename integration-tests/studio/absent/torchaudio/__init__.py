@@ -1,0 +1,1 @@
+"""What DiffSynth-Studio imports of torchaudio, which has no build here."""
