@@ -123,15 +123,14 @@ X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
 
 def prefetcher(model: nn.Module) -> Prefetcher:
-    found = residencies(model)[0]._prefetcher
-    assert found is not None
-    return found
+    schedule = residencies(model)[0].schedule
+    assert schedule is not None
+    return schedule.prefetcher
 
 
 def settle(model: nn.Module) -> None:
     """Wait until the reader thread has nothing more to do."""
-    for job in list(prefetcher(model)._jobs.values()):
-        job.future.result()
+    prefetcher(model).settle()
 
 
 def test_the_second_forward_finds_its_weights_ready(model: nn.Module, source: Gate) -> None:
@@ -153,9 +152,7 @@ def test_never_more_than_two_of_the_largest_layers_are_ahead(model: nn.Module, s
     largest = 8 * 8 * 4
     lent = []
     for layer in model:
-        layer.register_forward_hook(
-            lambda *_: lent.append(sum(j.lease.nbytes for j in prefetcher(model)._jobs.values()))
-        )
+        layer.register_forward_hook(lambda *_: lent.append(prefetcher(model).ahead_nbytes()))
     for _ in range(3):
         model(X)
     assert max(lent) == 2 * largest
@@ -174,9 +171,9 @@ def test_offload_drops_what_was_fetched(model: nn.Module) -> None:
     budget = residencies(model)[0].budget
     settle(model)
     before = budget.statistics().lent_nbytes
-    assert prefetcher(model)._jobs
+    assert prefetcher(model).ahead_nbytes()
     model[0].offload()
-    assert not prefetcher(model)._jobs
+    assert not prefetcher(model).ahead_nbytes()
     assert budget.statistics().lent_nbytes == before - 2 * 8 * 8 * 4
 
 
@@ -254,7 +251,7 @@ def test_the_reader_thread_ends_with_the_model(source: Gate) -> None:
     model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
     for _ in range(2):
         model(X)
-    executor = prefetcher(model)._executor
+    executor = prefetcher(model)._reader._executor
     assert executor is not None
     (thread,) = executor._threads
     settle(model)
@@ -299,4 +296,4 @@ def test_a_layer_that_is_read_and_then_called_is_fetched_once(model: nn.Module, 
 def test_copies_of_a_model_fetch_for_themselves(model: nn.Module, source: Gate) -> None:
     twin = copy.deepcopy(model)
     assert prefetcher(twin) is not prefetcher(model)
-    assert {id(r._prefetcher) for r in residencies(twin)} == {id(prefetcher(twin))}
+    assert {id(r.schedule) for r in residencies(twin)} == {id(residencies(twin)[0].schedule)}

@@ -13,13 +13,13 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 
-from offload_layers._device import Memory, OutOfMemory, memory_of
+from offload_layers._device import OutOfMemory, device_of
 from offload_layers._errors import BudgetError, BudgetExceededError
 
 _log = logging.getLogger("offload_layers.budget")
@@ -27,6 +27,16 @@ Result = TypeVar("Result")
 
 #: layers that pass through the device at once: one computes while the next is fetched
 IN_FLIGHT = 2
+
+
+class Memory(Protocol):
+    """What a budget wants to know of its device, apart from its own books."""
+
+    def in_use(self) -> int | None:
+        """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
+
+    def release_cached(self) -> None:
+        """Give memory that is only cached back to the device."""
 
 
 class Borrower(Protocol):
@@ -87,7 +97,7 @@ class Budget:
 
     def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
         self.device = device
-        self._memory = memory_of(device) if memory is None else memory
+        self._own_memory = memory
         self._lock = threading.Lock()
         self._entries: dict[int, _Entry] = {}
         self._keys = itertools.count()
@@ -95,6 +105,10 @@ class Budget:
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._largest: tuple[int, int] = (0, 0)  # for this many borrowers, the largest computation_nbytes
         self._lent = self._peak = self._refusals = 0
+
+    @property
+    def _memory(self) -> Memory:
+        return device_of(self.device) if self._own_memory is None else self._own_memory
 
     def register(self, borrower: Borrower) -> None:
         """Make room for *borrower* whenever others want to stay; it need not be taken off again."""
@@ -128,6 +142,18 @@ class Budget:
             if limit is not None and max(self._lent, self._in_use()) + nbytes > limit:
                 return None
             return self._lend(borrower, nbytes, is_resident=False)
+
+    def room(self, borrowers: Iterable[Borrower], *, limit: int) -> int:
+        """Return the bytes in which *borrowers* may stay, if all that they hold were given back first."""
+        with self._lock:
+            self._collect()
+            theirs = {id(borrower) for borrower in borrowers}
+            held = sum(
+                entry.nbytes
+                for entry in self._entries.values()
+                if entry.is_resident and id(entry.borrower()) in theirs
+            )
+            return max(0, limit - self._headroom() - max(self._lent, self._in_use()) + held)
 
     def demote_all(self) -> int:
         """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""

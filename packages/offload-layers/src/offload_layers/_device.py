@@ -1,15 +1,33 @@
-"""The seam to the device: everything that depends on the vendor is asked for here."""
+"""The seam to the device: everything that depends on the vendor is asked for here.
 
-from typing import Protocol
+A device computes in one queue and can copy in another one beside it. What is enqueued inside ``aside()``
+belongs to the second; a ``Mark`` is a place in a queue, and ``wait`` makes the current queue go on only after
+it. A CPU has no queues: what it is told is done when the call returns, and the marks mean nothing.
+
+Note [Memory that two queues use]
+    Weights that were fetched aside lie in memory of the copying queue, which may be used for the next copy
+    as soon as Python drops them, while the computation that reads them is still enqueued. So before they are
+    dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
+    (``finished``). No ``record_stream``: that would delay each reuse until the host asks again.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from offload_layers._pinned import PinnedRing
 
 #: what torch raises when a device has no memory left; torch before 2.5 has it under CUDA's name only
 OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
+Mark = Any
 
-class Memory(Protocol):
-    """What a budget wants to know of a device, apart from its own books."""
+
+class Device(Protocol):
+    """What the engine wants from a compute device."""
 
     def in_use(self) -> int | None:
         """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
@@ -17,9 +35,24 @@ class Memory(Protocol):
     def release_cached(self) -> None:
         """Give memory that is only cached back to the device."""
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a host tensor on the device, in its own dtype, made in the current queue."""
 
-class HostMemory:
-    """The CPU as compute device: other programs' memory is no part of its budget."""
+    def aside(self) -> AbstractContextManager[None]:
+        """What this thread enqueues in the block runs beside the computation."""
+
+    def mark(self) -> Mark:
+        """Return the place in the current queue that is passed once all that was enqueued is done."""
+
+    def wait(self, mark: Mark) -> None:
+        """Let the current queue go on after *mark* only."""
+
+    def finished(self) -> None:
+        """Let the copying queue go on only after what the computation was told up to now."""
+
+
+class HostDevice:
+    """The CPU as compute device, and devices that share its memory: one queue, and nothing to count."""
 
     def in_use(self) -> int | None:
         """Return None: only what the budget has lent counts."""
@@ -28,13 +61,34 @@ class HostMemory:
     def release_cached(self) -> None:
         """Do nothing: freed host memory needs no second step."""
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Return *tensor*, which is there already."""
+        return tensor
 
-class AcceleratorMemory:
-    """A device with a driver that counts: CUDA, ROCm, XPU, NPU."""
+    def aside(self) -> AbstractContextManager[None]:
+        """Return a block in which nothing is different."""
+        return nullcontext()
+
+    def mark(self) -> Mark:
+        """Return None."""
+        return None
+
+    def wait(self, mark: Mark) -> None:
+        """Do nothing."""
+
+    def finished(self) -> None:
+        """Do nothing."""
+
+
+class Accelerator:
+    """A device with memory and, where torch has them, streams of its own: CUDA, ROCm, XPU, NPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module = torch.get_device_module(device)
+        self._copies: Any = None  # the stream, made when it is first used
+        self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
+        self._pinned = PinnedRing(self._module, device)
 
     def in_use(self) -> int | None:
         """Return the driver's count, less what torch holds in reserve and would use first."""
@@ -46,10 +100,67 @@ class AcceleratorMemory:
 
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""
-        if self._module.is_available():
+        if self._module.is_available() and hasattr(self._module, "empty_cache"):
             self._module.empty_cache()
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Copy by way of page-locked memory, without making the host wait for the bus."""
+        if not self._has_streams or tensor.layout is not torch.strided:
+            return tensor.to(self._device)
+        if tensor.is_pinned():
+            return tensor.to(self._device, non_blocking=True)
+        return self._pinned.upload(tensor)
 
-def memory_of(device: torch.device) -> Memory:
-    """Return the accountant for *device*."""
-    return HostMemory() if device.type in ("cpu", "mps") else AcceleratorMemory(device)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        if self._copies is None:
+            self._copies = self._module.Stream(self._device)
+        with self._module.stream(self._copies):
+            yield
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Return a block whose work goes to a stream of its own."""
+        return self._aside() if self._has_streams else nullcontext()
+
+    def mark(self) -> Mark:
+        """Return an event of the current stream."""
+        if not self._has_streams:
+            return None
+        event = self._module.Event()
+        event.record(self._module.current_stream(self._device))
+        return event
+
+    def wait(self, mark: Mark) -> None:
+        """Enqueue a wait; the host goes on."""
+        if mark is not None:
+            self._module.current_stream(self._device).wait_event(mark)
+
+    def finished(self) -> None:
+        """See Note [Memory that two queues use]."""
+        if self._copies is not None:
+            self._copies.wait_event(self.mark())
+
+
+_DEVICES: dict[torch.device, Device] = {}
+
+
+def device_of(device: torch.device) -> Device:
+    """Return the one ``Device`` for *device* in this process."""
+    if device not in _DEVICES:
+        is_host = device.type in ("cpu", "mps")
+        _DEVICES[device] = HostDevice() if is_host else Accelerator(device)
+    return _DEVICES[device]
+
+
+@contextmanager
+def replaced(device: torch.device, substitute: Device) -> Iterator[None]:
+    """Let *substitute* stand for *device* in the block, as tests want it."""
+    before = _DEVICES.get(device)
+    _DEVICES[device] = substitute
+    try:
+        yield
+    finally:
+        if before is None:
+            del _DEVICES[device]
+        else:
+            _DEVICES[device] = before

@@ -15,7 +15,8 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import manage
 from offload_layers._managed import Forward, ManagedModule, Offered
 from offload_layers._placement import GIB, Placement, Policy, parse_limit, parse_placement
-from offload_layers._prefetch import Prefetcher
+from offload_layers._residency import Residency
+from offload_layers._schedule import Schedule
 from offload_layers._state import State
 
 _IGNORED = frozenset({"quantize", "metadata"})  # passed to every layer, of use to quantized ones only
@@ -46,6 +47,13 @@ class _Setting:
         residency.set_policy(residency.policy.replace(self.role, after))
 
 
+def _work_of(residency: Residency, args: tuple[Any, ...]) -> float:
+    """Return how much there is to compute: rows of the input times elements of the weights."""
+    x = args[0] if args else None
+    rows = x.numel() // x.shape[-1] if isinstance(x, Tensor) and x.dim() and x.shape[-1] else 1
+    return float(rows) * residency.preparing_nbytes
+
+
 class AutoTorchModule(ManagedModule):
     """A layer that can be sent to disk, to host memory and to the device, and computes from anywhere.
 
@@ -63,7 +71,7 @@ class AutoTorchModule(ManagedModule):
             limit; 0: nothing stays.
         name: Dotted name of the layer in the model, and prefix of its tensors in *disk_map*.
         disk_map: Mapping from names to tensors, e.g. ``safemap.DiskMap``.
-        prefetcher: Fetches ahead for all layers that were given the same one.
+        schedule: Shared by the layers of one model; see ``enable_vram_management``, which makes it.
 
     Raises:
         ConfigError: a setting makes no sense, or the layer is managed already.
@@ -95,7 +103,7 @@ class AutoTorchModule(ManagedModule):
         vram_limit: float | None = None,
         name: str = "",
         disk_map: Mapping[str, Tensor] | None = None,
-        prefetcher: Prefetcher | None = None,
+        schedule: Schedule | None = None,
         **kwargs: object,
     ) -> Any:
         """Manage *module* and return it."""
@@ -123,7 +131,7 @@ class AutoTorchModule(ManagedModule):
             source=disk_map,
             limit=limit,
             recurse=cls._covers_children,
-            prefetcher=prefetcher,
+            schedule=schedule,
         )
         return module
 
@@ -146,7 +154,7 @@ class AutoTorchModule(ManagedModule):
             try:
                 if residency.resident:
                     return own_forward(self, *args, **kwargs)
-                residency.enter()
+                residency.enter(_work_of(residency, args))
                 try:
                     return own_forward(self, *args, **kwargs)
                 finally:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._managed import ManagedModule, attach, swap_classes
 from offload_layers._placement import Policy
-from offload_layers._prefetch import Prefetcher
 from offload_layers._residency import Residency
+from offload_layers._schedule import Schedule
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype
 from offload_layers._transfer import convert, on_meta, parameter_like
 from offload_layers._weight import Slot, Weight
@@ -24,7 +24,7 @@ def manage(
     source: Source | None,
     limit: int | None,
     recurse: bool,
-    prefetcher: Prefetcher | None = None,
+    schedule: Schedule | None = None,
 ) -> Residency:
     """Let a new residency own the parameters of *module*, which becomes an instance of *face*.
 
@@ -50,7 +50,7 @@ def manage(
         weight.register(home)
     for part, key, values in loaded:
         part._buffers[key] = values
-    residency = Residency(name, weights, buffers, policy, source=source, limit=limit, prefetcher=prefetcher)
+    residency = Residency(name, weights, buffers, policy, source=source, limit=limit, schedule=schedule)
     for part in modules:
         attach(part, residency, own[part])
     return residency

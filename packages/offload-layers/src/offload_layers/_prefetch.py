@@ -1,15 +1,14 @@
 """Fetching the weights of the layers that come next while this one computes.
 
-One reader thread fetches at a time; how far ahead it may be is bounded in bytes, and by the budget of the
-compute device. What it has fetched is used only if the layer's weights are still the ones that were there
-when it began. A fetch that fails is forgotten: the layer then fetches by itself, and the error is raised
-where it belongs.
+Each thread that runs the model has a queue of fetches ahead of it: at most two of the largest layers, and no
+more than the budget of the compute device allows. The queue is filled again when half of it is used up, so
+that the reader wakes rarely. What was fetched is used only if the layer's weights are still the ones that
+were there when the fetch began.
 """
 
-import os
 import threading
 import weakref
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +16,14 @@ from torch import Tensor, nn
 
 from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint
-from offload_layers._order import ExecutionOrder
+from offload_layers._device import Mark
+from offload_layers._order import ExecutionOrder, Place
+from offload_layers._reader import Job, Reader
 
 MadeFrom = list[tuple[nn.Parameter, Fingerprint]]
+
+#: of the largest layer: how much is fetched ahead
+LARGEST_AHEAD = 2
 
 
 class Fetchable(Protocol):
@@ -35,29 +39,32 @@ class Fetchable(Protocol):
     def at_rest(self) -> MadeFrom:
         """Return the parameters that a staged copy is made from, with their fingerprints."""
 
-    def fetch(self) -> list[Tensor]:
+    def fetch(self) -> "tuple[list[Tensor], Mark]":
         """Return the weights in the computation placement, without gradients; called on another thread."""
-
-    def enter(self) -> None:
-        """Stage the weights."""
-
-    def leave(self) -> None:
-        """End what ``enter`` began."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Weights that are ready to compute with, and the bytes borrowed for them."""
+    """Weights to compute with.
+
+    Attributes:
+        tensors: One for each weight, in the computation placement.
+        lease: The bytes borrowed for them.
+        made_from: What they are copies of.
+        ready: The computation has to wait for it; see ``Device.wait``.
+    """
 
     tensors: list[Tensor]
     lease: Lease
-
-
-@dataclass(frozen=True)
-class _Job:
-    future: "Future[list[Tensor]]"
-    lease: Lease
     made_from: MadeFrom
+    ready: Mark = None
+
+    def is_current(self, layer: Fetchable) -> bool:
+        """Whether *layer* still has the weights that these are copies of."""
+        now = layer.at_rest()
+        return len(self.made_from) == len(now) and all(
+            p is q and made_as == other for (p, made_as), (q, other) in zip(self.made_from, now, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -69,121 +76,154 @@ class PrefetchStatistics:
     misses: int
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A fetch that was ordered."""
+
+    layer: "weakref.ref[Fetchable]"
+    job: Job[Fetched]
+    nbytes: int
+
+
+class _Queue:
+    """The fetches ahead of one thread, in the order in which the layers will be called."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.ordered: deque[_Ahead] = deque()
+        self.nbytes = 0
+        self.end: Place[Fetchable] | None = None  # where the next fetch will follow
+
+    def pop(self, layer: Fetchable) -> _Ahead | None:
+        """Take out the fetch for *layer*, and drop those that should have been used before it."""
+        reference = weakref.ref(layer)
+        if not any(ahead.layer == reference for ahead in self.ordered):
+            return None
+        while True:
+            ahead = self.ordered.popleft()
+            self.nbytes -= ahead.nbytes
+            if ahead.layer == reference:
+                return ahead
+            self.reader.drop(ahead.job)
+
+    def add(self, ahead: _Ahead) -> None:
+        """Order a fetch."""
+        self.ordered.append(ahead)
+        self.nbytes += ahead.nbytes
+        self.reader.submit(ahead.job)
+
+    def clear(self) -> None:
+        """Drop everything. A queue whose thread has ended need not be cleared: its leases are garbage too."""
+        self.end = None
+        self.nbytes = 0
+        while self.ordered:
+            self.reader.drop(self.ordered.pop().job)
+
+
 class Prefetcher:
     """Fetches ahead for the layers of one model."""
 
-    def __init__(self) -> None:
-        self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
-        self._jobs: dict[weakref.ref[Fetchable], _Job] = {}
-        self._lock = threading.Lock()
-        self._held: weakref.ref[Fetchable] | None = None
+    def __init__(self, order: ExecutionOrder[Fetchable]) -> None:
+        self._order = order
+        self._reader = Reader()
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._queues: weakref.WeakSet[_Queue] = weakref.WeakSet()
         self._largest = 0
-        self._executor: ThreadPoolExecutor | None = None
-        self._pid = 0
         self._hits = self._waits = self._misses = 0
 
+    @property
+    def window(self) -> int:
+        """Bytes that may be fetched ahead of one thread."""
+        return LARGEST_AHEAD * self._largest
+
     def take(self, layer: Fetchable) -> Fetched | None:
-        """Return what was fetched for *layer*, waiting if it is on its way, or None."""
+        """Return what was fetched for *layer*, which this thread calls now, waiting if it is on its way."""
         with self._lock:
-            self._order.saw(layer)
             self._largest = max(self._largest, layer.staging_nbytes)
-            job = self._jobs.pop(weakref.ref(layer), None)
-            if job is None:
+            queue = self._queue()
+            ahead = queue.pop(layer)
+            if ahead is None:
                 self._misses += 1
+                if queue.ordered and not self._is_next(queue.ordered[0].layer):
+                    queue.clear()
                 return None
-            if job.future.done():
+            if ahead.job.is_done:
                 self._hits += 1
             else:
                 self._waits += 1
-        tensors = self._result(job)
-        if tensors is None or not _same(job.made_from, layer.at_rest()):
-            job.lease.give_back()
+        fetched = self._reader.result(ahead.job)
+        if fetched is None or not fetched.is_current(layer):
+            self._reader.drop(ahead.job)
             return None
-        return Fetched(tensors, job.lease)
+        return fetched
 
     def start_after(self, layer: Fetchable) -> None:
-        """Begin to fetch for the layers that follow *layer*, as far as the bound allows."""
+        """Order fetches for the layers that follow *layer*, as far as the bound allows."""
+        queue = self._queue()
+        if 2 * queue.nbytes > self.window:
+            return
         with self._lock:
-            upcoming = []
-            ahead = 0
-            for following in self._order.upcoming():
+            start = queue.end if queue.ordered and queue.end is not None else self._order.place
+            place, steps = start, 0
+            while (found := self._order.following(place)) is not None:
+                following, place = found
                 nbytes = following.staging_nbytes
-                if ahead and ahead + nbytes > 2 * self._largest:
+                if queue.ordered and queue.nbytes + nbytes > self.window:
                     break
-                if nbytes and following is not layer:
-                    upcoming.append(following)
-                    ahead += nbytes
-            expected = {weakref.ref(following) for following in upcoming}
-            for reference in [r for r in self._jobs if r not in expected]:
-                self._drop(self._jobs.pop(reference))
-            for following in upcoming:
-                reference = weakref.ref(following)
-                if reference in self._jobs:
+                steps += 1
+                if place == start or steps > self._order.count:  # all the way round
+                    break
+                if not nbytes or following is layer or any(a.layer == place[1] for a in queue.ordered):
                     continue
                 lease = following.lease_ahead()
                 if lease is None:
                     break
-                made_from = following.at_rest()  # noted before the fetch begins: see take()
-                self._jobs[reference] = _Job(self._pool().submit(following.fetch), lease, made_from)
-
-    def hold(self, layer: Fetchable) -> None:
-        """Keep *layer* staged until another layer is used: its weights are being read from outside."""
-        layer.enter()
-        with self._lock:
-            before, self._held = self._held, weakref.ref(layer)
-        self._leave(before)
-
-    def let_go(self, *, but: Fetchable | None = None) -> None:
-        """End what ``hold`` began, unless it is *but* that is held."""
-        if self._held is None:
-            return
-        with self._lock:
-            if self._held is None or (but is not None and self._held() is but):
-                return
-            before, self._held = self._held, None
-        self._leave(before)
-
-    @staticmethod
-    def _leave(held: "weakref.ref[Fetchable] | None") -> None:
-        layer = None if held is None else held()
-        if layer is not None:
-            layer.leave()
+                queue.add(self._ahead(following, nbytes, lease))
+                queue.end = place
 
     def forget(self) -> None:
         """Drop everything that was fetched ahead."""
         with self._lock:
-            while self._jobs:
-                self._drop(self._jobs.popitem()[1])
+            for queue in list(self._queues):
+                queue.clear()
+
+    def ahead_nbytes(self) -> int:
+        """Return the bytes that are borrowed for what is ahead of this thread."""
+        return self._queue().nbytes
+
+    def settle(self) -> None:
+        """Wait until the reader has nothing to do."""
+        self._reader.settle()
 
     def statistics(self) -> PrefetchStatistics:
         """Return a snapshot."""
         return PrefetchStatistics(self._hits, self._waits, self._misses)
 
-    def _pool(self) -> ThreadPoolExecutor:
-        if self._executor is None or self._pid != os.getpid():  # a fork takes no threads along
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="offload-layers-reader")
-            self._pid = os.getpid()
-        return self._executor
+    def _queue(self) -> _Queue:
+        queue: _Queue | None = getattr(self._local, "queue", None)
+        if queue is None:
+            queue = self._local.queue = _Queue(self._reader)
+            self._queues.add(queue)
+        return queue
+
+    def _is_next(self, expected: "weakref.ref[Fetchable]") -> bool:
+        """Whether the first layer which will need a fetch is the *expected* one."""
+        for steps, following in enumerate(self._order.upcoming()):
+            if following.staging_nbytes or steps > self._order.count:
+                return weakref.ref(following) == expected
+        return False
 
     @staticmethod
-    def _result(job: _Job) -> list[Tensor] | None:
-        if job.future.cancel():  # not begun: the layer is faster by itself
-            return None
-        try:
-            return job.future.result()
-        except (Exception, CancelledError):  # the layer meets the same error itself, or succeeds
-            return None
+    def _ahead(layer: Fetchable, nbytes: int, lease: Lease) -> _Ahead:
+        reference = weakref.ref(layer)
+        made_from = layer.at_rest()  # noted before the fetch begins: see Fetched.is_current
 
-    @staticmethod
-    def _drop(job: _Job) -> None:
-        if not job.future.cancel():
-            # its memory is there until the thread is done with it
-            job.future.add_done_callback(lambda _: job.lease.give_back())
-        else:
-            job.lease.give_back()
+        def fetch() -> Fetched | None:
+            alive = reference()
+            if alive is None:
+                return None
+            tensors, ready = alive.fetch()
+            return Fetched(tensors, lease, made_from, ready)
 
-
-def _same(before: MadeFrom, now: MadeFrom) -> bool:
-    return len(before) == len(now) and all(
-        p is q and made_as == other for (p, made_as), (q, other) in zip(before, now, strict=True)
-    )
+        return _Ahead(reference, Job(fetch, lease.give_back), nbytes)

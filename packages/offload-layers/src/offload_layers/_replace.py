@@ -13,7 +13,7 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import load_unmanaged, unmanaged_on_meta
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import Placement, Policy, check_config_keys, parse_device, parse_limit
-from offload_layers._prefetch import Prefetcher
+from offload_layers._schedule import Schedule
 from offload_layers._source import check_in_source, check_source, with_ties
 
 _log = logging.getLogger("offload_layers.replace")
@@ -74,7 +74,7 @@ def enable_vram_management(
             vram_limit=vram_limit,
             disk_map=source,
             quantize=quantize,
-            prefetcher=Prefetcher(),
+            schedule=Schedule(),
             **kwargs,
         )
         if source is not None:
@@ -94,7 +94,7 @@ def enable_vram_management_recursively(
     name_prefix: str = "",
     disk_map: Mapping[str, Tensor] | None = None,
     quantize: Any = None,
-    prefetcher: Prefetcher | None = None,
+    schedule: Schedule | None = None,
     **kwargs: Any,
 ) -> None:
     """Manage the layers inside *model*, named *name_prefix*; see `enable_vram_management`."""
@@ -104,7 +104,7 @@ def enable_vram_management_recursively(
         name = f"{name_prefix}.{child_name}" if name_prefix else child_name
         target = _target(module, module_map)
         if target is not None:
-            more = kwargs | _if_ours(target, prefetcher=prefetcher)
+            more = kwargs | _if_ours(target, schedule=schedule)
             layer = target(module, **vram_config, vram_limit=vram_limit, name=name, disk_map=disk_map, **more)
             if layer is not module:  # a layer class from elsewhere, which wraps in its own way
                 setattr(model, child_name, layer)
@@ -118,7 +118,7 @@ def enable_vram_management_recursively(
             name_prefix=name,
             disk_map=disk_map,
             quantize=quantize,
-            prefetcher=prefetcher,
+            schedule=schedule,
             **kwargs,
         )
 

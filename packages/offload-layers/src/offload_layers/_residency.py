@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from offload_layers._budget import Budget, Lease, budget_of
 from offload_layers._changes import Fingerprint, fingerprint, watch
+from offload_layers._device import Device, Mark, device_of
 from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
-from offload_layers._prefetch import Prefetcher
+from offload_layers._prefetch import Fetched, MadeFrom
+from offload_layers._schedule import Schedule
 from offload_layers._source import ReadsAhead, Source
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
@@ -43,7 +45,7 @@ class Residency:
         source: Where weights on disk are read from.
         limit: Bytes of the compute device that may be in use for this layer to become resident there.
         budget: The books of the compute device; by default those of this process.
-        prefetcher: Fetches ahead for the layers of the model; None: each layer fetches when it is called.
+        schedule: That of the model; None: the layer fetches when it is called, and knows no other layer.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Residency:
         source: Source | None = None,
         limit: int | None = None,
         budget: Budget | None = None,
-        prefetcher: Prefetcher | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
@@ -67,10 +69,13 @@ class Residency:
         self.resident = False
         self.is_open = False
         self._budget = budget
-        self._prefetcher = prefetcher
+        self.schedule = schedule
         self._lock = threading.RLock()
         self._users = 0
         self._staged: StagedCopy | None = None
+        self.keeps_staged = False
+        self._kept: Fetched | None = None
+        self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
         self._register_with_budget()
@@ -86,9 +91,14 @@ class Residency:
         return self._budget if self._budget is not None else budget_of(self.policy.computation.device)
 
     @property
+    def _device(self) -> Device:
+        return device_of(self.policy.computation.device)
+
+    @property
     def leased_nbytes(self) -> int:
         """Bytes that the layer has borrowed from its budget."""
-        return self._tiers.leased_nbytes + (self._staged.lease.nbytes if self._staged is not None else 0)
+        staged = [copy.lease.nbytes for copy in (self._staged, self._kept) if copy is not None]
+        return self._tiers.leased_nbytes + sum(staged)
 
     # -- changing the state -------------------------------------------------------------------------
 
@@ -114,7 +124,7 @@ class Residency:
             placement = self.policy.preparing
             lease = None
             if nbytes := self._new_nbytes(placement):
-                lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
+                lease = self._borrow_to_stay(nbytes)
                 if lease is None:
                     return False
             self._push(placement, lease)
@@ -145,10 +155,11 @@ class Residency:
 
     def offload(self) -> None:
         """Go to OFFLOAD, and bring the buffers home."""
-        if self._prefetcher is not None:
-            self._prefetcher.let_go()
-            self._prefetcher.forget()
+        if self.schedule is not None:
+            self.schedule.let_go()
+            self.schedule.forget()
         with self._lock:
+            self._drop_kept()
             self.move_to(State.OFFLOAD)
             home = self.policy.offload.device
             if not self._users:
@@ -159,6 +170,7 @@ class Residency:
         with self._lock:
             if policy == self.policy:
                 return
+            self._drop_kept()
             with self._at_rest():
                 if not policy.offload.is_disk:
                     self._tiers.rehome([w.copy_to(policy.offload, self.source) for w in self.weights])
@@ -168,24 +180,27 @@ class Residency:
     # -- computing ----------------------------------------------------------------------------------
 
     @uncompiled
-    def enter(self) -> None:
-        """Make the weights readable in the computation placement until ``leave``."""
-        if self._prefetcher is not None:
-            self._prefetcher.let_go(but=self)
+    def enter(self, work: float = 0.0) -> None:
+        """Make the weights readable in the computation placement until ``leave``.
+
+        Args:
+            work: Size of the computation to come, in any unit that is the same for all layers of a model.
+        """
+        schedule = self.schedule
+        if schedule is not None:
+            schedule.let_go(but=self)
+            schedule.saw(self, work)
         with self._lock:
-            self._move_buffers(self.policy.computation.device)
-            if self.state is State.OFFLOAD:
-                self.move_to(State.ONLOAD)
-            if self.state is State.ONLOAD:
+            if self.buffers:
+                self._move_buffers(self.policy.computation.device)
+            if self._tiers.height < _HEIGHT[State.PREPARING]:
+                if self.state is State.OFFLOAD:
+                    self.move_to(State.ONLOAD)
                 self.try_prepare()
             if not self.resident:
-                differentiable = self._wants_gradients()
-                if self._staged is None and not differentiable:
-                    self._staged = self._take_prefetched()
-                if self._staged is None or (differentiable and not self._staged.is_differentiable):
-                    self._staged = self._stage(differentiable)
-                if self._prefetcher is not None:
-                    self._prefetcher.start_after(self)
+                self._stage(differentiable=self._wants_gradients())
+                if schedule is not None:
+                    schedule.start_after(self)
             self._users += 1
 
     @uncompiled
@@ -193,14 +208,20 @@ class Residency:
         """End what ``enter`` began."""
         with self._lock:
             self._users -= 1
-            if self._users == 0 and self._staged is not None:
-                changed = self._staged.changed(self.weights, self._computable)
-                if not self.resident:
-                    self._hide()
-                self._staged.lease.give_back()
-                self._staged = None
-                for weight, values in changed:
-                    self.replace(weight, parameter_like(weight.registered, values))
+            staged = self._staged
+            if self._users or staged is None:
+                return
+            changed = staged.changed(self.weights, self._computable)
+            if not self.resident:
+                self._hide()
+            self._staged = None
+            self._device.finished()
+            if self.keeps_staged and not changed and not staged.is_differentiable:
+                self._kept = staged.fetched
+                return
+            staged.lease.give_back()
+            for weight, values in changed:
+                self.replace(weight, parameter_like(weight.registered, values))
 
     def compute_again(self, forward: Callable[[], Result]) -> Result:
         """Run a forward once more that found the device full, after other layers have left it."""
@@ -220,8 +241,8 @@ class Residency:
         """
         if self.is_open:
             return weight.held
-        if self._prefetcher is not None:
-            self._prefetcher.hold(self)
+        if self.schedule is not None:
+            self.schedule.hold(self)
         with self._lock:
             exposed = weight.exposed  # another thread may have staged it while this one waited
             if exposed is not None:
@@ -234,24 +255,29 @@ class Residency:
 
     @property
     def staging_nbytes(self) -> int:
-        """Bytes that a staged copy takes now; 0 if the layer is resident or would be changed by it."""
-        if self.resident or self._staged is not None or self.state is State.OFFLOAD:
+        """Bytes that a staged copy takes now; 0 if the layer needs none or would be changed by it."""
+        if self.resident or self._staged is not None or self._kept is not None or self._tiers.height == 1:
             return 0
-        return self._new_nbytes(self.policy.computation)
+        version = self._tiers.version
+        if self._staging[0] != version:
+            self._staging = version, self._new_nbytes(self.policy.computation)
+        return self._staging[1]
 
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
         return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
 
-    def at_rest(self) -> list[tuple[nn.Parameter, Fingerprint]]:
+    def at_rest(self) -> MadeFrom:
         """Return the parameters that a staged copy is made from, with their fingerprints."""
         return [(w.registered, fingerprint(w.registered)) for w in self.weights]
 
-    def fetch(self) -> list[Tensor]:
-        """Return the weights in the computation placement, without gradients."""
+    def fetch(self) -> tuple[list[Tensor], Mark]:
+        """Return the weights in the computation placement, without gradients, and when they will be there."""
         if isinstance(self.source, ReadsAhead):
             self.source.prefetch([w.name for w in self.weights if w.registered.is_meta])
-        return [self._computable(weight) for weight in self.weights]
+        device = self._device
+        with device.aside():
+            return [self._computable(weight) for weight in self.weights], device.mark()
 
     # -- values -------------------------------------------------------------------------------------
 
@@ -305,12 +331,13 @@ class Residency:
 
         What is on disk comes to host memory if no placement is given.
         """
-        if self._prefetcher is not None:
-            self._prefetcher.let_go()
-            self._prefetcher.forget()
+        if self.schedule is not None:
+            self.schedule.let_go()
+            self.schedule.forget()
         with self._lock:
             if self._users:
                 raise IllegalTransitionError(f'layer "{self.name}" is computing and cannot be given back now')
+            self._drop_kept()
             self._drop_to(State.OFFLOAD)
             plain = []
             for weight in self.weights:
@@ -342,6 +369,7 @@ class Residency:
         computation = self.policy.computation
         moves = computation not in (self.policy.onload, self.policy.offload)
         self.computation_nbytes = sum(w.nbytes_in(computation) for w in self.weights) if moves else 0
+        self.preparing_nbytes = self._new_nbytes(self.policy.preparing)
         self.budget.register(self)
 
     def _settle(self, weight: Weight, parameter: nn.Parameter) -> None:
@@ -360,6 +388,7 @@ class Residency:
         return sum(w.nbytes_in(placement) for w in self.weights if not placement.holds(w.registered))
 
     def _push(self, placement: Placement, lease: Lease | None) -> None:
+        self._drop_kept()
         self._hide()
         try:
             self.budget.retrying(
@@ -396,11 +425,32 @@ class Residency:
     def _computable(self, weight: Weight, *, differentiable: bool = False) -> Tensor:
         return weight.computable(self.policy.computation, self.source, differentiable=differentiable)
 
-    def _stage(self, differentiable: bool) -> StagedCopy:
-        """Make a copy for the time of a computation, in place of the one that there may be."""
-        nbytes = self._new_nbytes(self.policy.computation)
+    def _stage(self, *, differentiable: bool) -> None:
+        """Let the model hold copies for a computation, unless it does already."""
         before = self._staged
-        lease = before.lease if before else self.budget.borrow(self, nbytes, limit=self.limit)
+        if before is not None and (before.is_differentiable or not differentiable):
+            return
+        fetched = None if differentiable else self._take_fetched()
+        if fetched is None:
+            fetched = self._fetch_now(None if before is None else before.lease, differentiable)
+        else:
+            self._device.wait(fetched.ready)
+        self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
+
+    def _take_fetched(self) -> Fetched | None:
+        """Return the copies that were kept, or fetched ahead."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept.is_current(self):
+                return kept
+            kept.lease.give_back()
+        return self.schedule.take(self) if self.schedule is not None else None
+
+    def _fetch_now(self, lease: Lease | None, differentiable: bool) -> Fetched:
+        """Make copies in the computation's own queue, paid for by *lease* if there is one already."""
+        nbytes = self._new_nbytes(self.policy.computation)
+        borrowed = lease or self.budget.borrow(self, nbytes, limit=self.limit)
+        made_from = self.at_rest()
         try:
             tensors = self.budget.retrying(
                 lambda: [self._computable(weight, differentiable=differentiable) for weight in self.weights],
@@ -408,16 +458,30 @@ class Residency:
                 doing="bringing the weights of",
             )
         except BaseException:
-            if before is None:
-                lease.give_back()
+            if lease is None:
+                borrowed.give_back()
             raise
-        return StagedCopy.show(self.weights, tensors, lease, differentiable=differentiable)
+        return Fetched(tensors, borrowed, made_from)
 
-    def _take_prefetched(self) -> StagedCopy | None:
-        fetched = self._prefetcher.take(self) if self._prefetcher is not None else None
-        if fetched is None:
+    def _drop_kept(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.lease.give_back()
+
+    def _borrow_to_stay(self, nbytes: int) -> Lease | None:
+        """Borrow for becoming resident, if this layer is one that should, and if there is room."""
+        if self.schedule is None:
+            return self.budget.try_borrow(self, nbytes, limit=self.limit)
+        if not self.schedule.may_stay(self):
             return None
-        return StagedCopy.show(self.weights, fetched.tensors, fetched.lease, differentiable=False)
+        lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
+        if lease is None:
+            for other in self.schedule.refused(self):
+                if other.try_demote():
+                    lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
+                    if lease is not None:
+                        break
+        return lease
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)
@@ -452,7 +516,7 @@ class Residency:
                 source=self.source,
                 limit=self.limit,
                 budget=self._budget,
-                prefetcher=self._prefetcher and memo.setdefault(id(self._prefetcher), Prefetcher()),
+                schedule=self.schedule and memo.setdefault(id(self.schedule), Schedule()),
             )
             new.climb_to(min(state, State.ONLOAD, key=_HEIGHT.__getitem__))
             return new

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint, data_was_taken, fingerprint
+from offload_layers._prefetch import Fetched
 from offload_layers._weight import Weight
 
 
@@ -16,22 +17,25 @@ class StagedCopy:
     """What the model holds during a computation, in place of what it holds at rest.
 
     Attributes:
-        lease: The bytes borrowed for it.
+        fetched: The copies, and the bytes borrowed for them.
         is_differentiable: Whether gradients flow through it to the parameters at rest.
     """
 
-    lease: Lease
+    fetched: Fetched
     is_differentiable: bool
     _made_as: list[Fingerprint]
 
+    @property
+    def lease(self) -> Lease:
+        """The bytes borrowed for the copies."""
+        return self.fetched.lease
+
     @classmethod
-    def show(
-        cls, weights: list[Weight], tensors: list[Tensor], lease: Lease, *, differentiable: bool
-    ) -> "StagedCopy":
-        """Let the model hold *tensors*."""
-        for weight, tensor in zip(weights, tensors, strict=True):
+    def show(cls, weights: list[Weight], fetched: Fetched, *, differentiable: bool) -> "StagedCopy":
+        """Let the model hold the tensors of *fetched*."""
+        for weight, tensor in zip(weights, fetched.tensors, strict=True):
             weight.stage(tensor)
-        return cls(lease, differentiable, [fingerprint(tensor) for tensor in tensors])
+        return cls(fetched, differentiable, [fingerprint(tensor) for tensor in fetched.tensors])
 
     def changed(
         self, weights: list[Weight], fresh: Callable[[Weight], Tensor]

@@ -36,6 +36,7 @@ class TierStack:
     def __init__(self, weights: list[Weight], home: list[nn.Parameter]) -> None:
         self._weights = weights
         self._tiers = [_Tier(home)]
+        self.version = 0  # counts the changes of what is registered
 
     @property
     def height(self) -> int:
@@ -80,6 +81,7 @@ class TierStack:
     def set_home(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Replace the values at rest of one weight while they are all there is."""
         assert self.height == 1
+        self.version += 1
         weight.register(parameter)
         self._tiers[0].parameters[self._weights.index(weight)] = parameter
 
@@ -94,6 +96,7 @@ class TierStack:
 
     def forget(self, weight: Weight) -> None:
         """Drop one weight from all tiers."""
+        self.version += 1
         index = self._weights.index(weight)
         for tier in self._tiers:
             del tier.parameters[index : index + 1], tier.made_as[index : index + 1]
@@ -106,6 +109,7 @@ class TierStack:
                 tier.lease.give_back()
 
     def _register(self, parameters: list[nn.Parameter]) -> None:
+        self.version += 1
         for weight, parameter in zip(self._weights, parameters, strict=True):
             trains = weight.registered.requires_grad  # requires_grad_() reaches what is registered only
             weight.register(parameter)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from offload_layers._device import device_of
 from offload_layers._placement import Placement
 
 
@@ -17,8 +18,11 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
 
     Differentiable, as ``Tensor.to`` is.
     """
-    if tensor.device != placement.device:
-        tensor = tensor.to(placement.device)  # still in the stored dtype
+    if tensor.device != placement.device:  # still in the stored dtype
+        if tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled()):
+            tensor = device_of(placement.device).upload(tensor)
+        else:
+            tensor = tensor.to(placement.device)
     return tensor.to(placement.dtype_for(tensor.dtype))
 
 

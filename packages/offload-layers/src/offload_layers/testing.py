@@ -80,8 +80,8 @@ def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
     """
     held = 0
     for residency in residencies(model):
-        if residency._prefetcher is not None:
-            residency._prefetcher.let_go()
+        if residency.schedule is not None:
+            residency.schedule.let_go()
         placement = residency.policy[residency.state]
         for weight in residency.weights:
             parameter = weight.registered

@@ -1,0 +1,126 @@
+"""What the layers of one model know of each other: their order, who is fetched next, and who should stay."""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Protocol
+
+from offload_layers._budget import Borrower, Budget
+from offload_layers._choice import Demand, choose_residents
+from offload_layers._order import ExecutionOrder
+from offload_layers._prefetch import Fetchable, Fetched, Prefetcher, PrefetchStatistics
+
+
+class Scheduled(Fetchable, Borrower, Protocol):
+    """A layer, as the schedule of its model sees it."""
+
+    limit: int | None
+    preparing_nbytes: int  # what the layer takes when it stays
+
+    @property
+    def budget(self) -> Budget:
+        """The books of the device on which the layer computes."""
+
+    def enter(self) -> None:
+        """Stage the weights."""
+
+    def leave(self) -> None:
+        """End what ``enter`` began."""
+
+
+class Schedule:
+    """The layers of one model in the order in which they are called."""
+
+    def __init__(self) -> None:
+        self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
+        self.prefetcher = Prefetcher(self._order)
+        self._lock = threading.Lock()
+        self._held: weakref.ref[Scheduled] | None = None
+        self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
+        self._is_complete = False  # no layer was new since one was called again
+        self._chosen: frozenset[weakref.ref[Scheduled]] | None = None
+        self._chosen_for: tuple[int, int] = (-1, -1)
+
+    # -- fetching ahead -----------------------------------------------------------------------------
+
+    def saw(self, layer: Scheduled, work: float) -> None:
+        """Learn that this thread calls *layer* now, for a computation of the size *work*."""
+        reference = weakref.ref(layer)
+        self._order.saw(layer)
+        self._is_complete = reference in self._work
+        self._work[reference] = work
+
+    def take(self, layer: Scheduled) -> Fetched | None:
+        """Return what was fetched ahead for *layer*, or None."""
+        return self.prefetcher.take(layer)
+
+    def start_after(self, layer: Scheduled) -> None:
+        """Begin to fetch for the layers that follow *layer*."""
+        self.prefetcher.start_after(layer)
+
+    def forget(self) -> None:
+        """Drop everything that was fetched ahead."""
+        self.prefetcher.forget()
+
+    def statistics(self) -> PrefetchStatistics:
+        """Return a snapshot."""
+        return self.prefetcher.statistics()
+
+    # -- reading weights from outside ---------------------------------------------------------------
+
+    def hold(self, layer: Scheduled) -> None:
+        """Keep *layer* staged until another layer is used: its weights are being read from outside."""
+        layer.enter()
+        with self._lock:
+            before, self._held = self._held, weakref.ref(layer)
+        self._leave(before)
+
+    def let_go(self, *, but: Scheduled | None = None) -> None:
+        """End what ``hold`` began, unless it is *but* that is held."""
+        if self._held is None:
+            return
+        with self._lock:
+            if self._held is None or (but is not None and self._held() is but):
+                return
+            before, self._held = self._held, None
+        self._leave(before)
+
+    @staticmethod
+    def _leave(held: "weakref.ref[Scheduled] | None") -> None:
+        layer = None if held is None else held()
+        if layer is not None:
+            layer.leave()
+
+    # -- staying ------------------------------------------------------------------------------------
+
+    def may_stay(self, layer: Scheduled) -> bool:
+        """Whether *layer* is one of those that should stay, as far as that is decided."""
+        return self._chosen is None or weakref.ref(layer) in self._chosen
+
+    def refused(self, layer: Scheduled) -> Iterator[Scheduled]:
+        """Decide who should stay, now that the limit left no room for *layer*; yield those that should not.
+
+        The decision needs the whole order; until that is known, who comes first stays.
+        """
+        if self._is_complete and layer.limit is not None:
+            room = layer.budget.room(self._layers(), limit=layer.limit)
+            if self._chosen_for != (room, len(self._work)):
+                self._choose(room)
+        if self._chosen is None or weakref.ref(layer) not in self._chosen:
+            return
+        for other in self._layers():
+            if weakref.ref(other) not in self._chosen:
+                yield other
+
+    def _choose(self, room: int) -> None:
+        layers = list(self._layers())
+        demands = [Demand(layer.preparing_nbytes, self._work[weakref.ref(layer)]) for layer in layers]
+        chosen = choose_residents(demands, room=room, window=self.prefetcher.window)
+        self._chosen = frozenset(weakref.ref(layers[index]) for index in chosen)
+        self._chosen_for = room, len(self._work)
+
+    def _layers(self) -> Iterator[Scheduled]:
+        for reference in list(self._work):
+            layer = reference()
+            if layer is not None:
+                yield layer
