@@ -2,10 +2,10 @@ import threading
 
 import pytest
 import torch
-from offload_layers import ConfigError
+from offload_layers import AutoWrappedLinear, ConfigError
 from offload_layers import _fp8 as fp8
 from offload_layers._fp8 import FP8, upcast
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMATS = sorted(FP8, key=str)
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
@@ -116,3 +116,34 @@ def test_threads_do_not_share_scratch_memory() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def stored_in_fp8(linear: nn.Linear, **more: object) -> AutoWrappedLinear:
+    at_rest = {f"{role}_dtype": torch.float8_e4m3fn for role in ("offload", "onload", "preparing")}
+    settings = at_rest | {"computation_dtype": torch.float32, "computation_device": "cpu"} | more
+    return AutoWrappedLinear(linear, **settings)  # type: ignore[no-any-return]
+
+
+def test_layers_stored_in_fp8_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def counting(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        asked.append(tensor.dtype)
+        return upcast(tensor, dtype)
+
+    monkeypatch.setattr("offload_layers._transfer.upcast", counting)
+    linear = nn.Linear(1024, 512).requires_grad_(False)
+    rounded = linear.weight.to(torch.float8_e4m3fn).float()
+    bias = linear.bias.to(torch.float8_e4m3fn).float()
+    layer, x = stored_in_fp8(linear), torch.randn(3, 1024)
+    assert torch.equal(layer(x), nn.functional.linear(x, rounded, bias))
+    assert asked == [torch.float8_e4m3fn] * 2
+
+
+def test_gradients_flow_to_weights_stored_in_fp8() -> None:
+    layer = stored_in_fp8(nn.Linear(8, 4))
+    with torch.enable_grad():
+        layer(torch.randn(3, 8)).sum().backward()
+    gradient = next(layer.parameters()).grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float8_e4m3fn

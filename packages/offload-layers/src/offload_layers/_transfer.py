@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._device import device_of
+from offload_layers._fp8 import is_fast, upcast
 from offload_layers._placement import Placement
 
 
@@ -23,7 +24,10 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
             tensor = device_of(placement.device).upload(tensor)
         else:
             tensor = tensor.to(placement.device)
-    return tensor.to(placement.dtype_for(tensor.dtype))
+    dtype = placement.dtype_for(tensor.dtype)
+    if is_fast(tensor, dtype):
+        return upcast(tensor, dtype)
+    return tensor.to(dtype)
 
 
 def parameter_like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
