@@ -232,7 +232,7 @@ def test_a_tensor_of_another_shape(
             "module_map must map module classes to layer classes",
         ),
         ({"disk_map": 7}, "disk_map must map names to tensors; got int"),
-        ({"quantize": object()}, "quantize is not supported"),
+        ({"quantize": object()}, "quantize must be None or an object with a method is_quantized_linear"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:

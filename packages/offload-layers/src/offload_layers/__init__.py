@@ -17,6 +17,7 @@ from offload_layers._layers import (
 )
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._placement import Placement, Policy
+from offload_layers._quantized import AutoWrappedQuantizedModule
 from offload_layers._replace import (
     disable_vram_management,
     enable_vram_management,
@@ -30,6 +31,7 @@ __all__ = [
     "AutoWrappedLinear",
     "AutoWrappedModule",
     "AutoWrappedNonRecurseModule",
+    "AutoWrappedQuantizedModule",
     "BudgetError",
     "BudgetExceededError",
     "ConfigError",

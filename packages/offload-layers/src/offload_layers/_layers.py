@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload_layers._device import OutOfMemory
 from offload_layers._errors import ConfigError
-from offload_layers._lora import LoRAHotLoadMixin
+from offload_layers._lora import LoRAHotLoadMixin, with_adapters
 from offload_layers._manage import manage
 from offload_layers._managed import Forward, ManagedModule, Offered
 from offload_layers._placement import GIB, Placement, Policy, parse_limit, parse_placement
@@ -126,7 +126,7 @@ class AutoTorchModule(ManagedModule):
         manage(
             module,
             cls,
-            policy,
+            cls._policy(policy),
             name=name,
             source=disk_map,
             limit=limit,
@@ -146,6 +146,11 @@ class AutoTorchModule(ManagedModule):
             )
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{cls.__name__} wraps a torch.nn.Module; got {type(module).__name__}")
+
+    @classmethod
+    def _policy(cls, policy: Policy) -> Policy:
+        """Return the policy that layers of this class follow, given the one that was asked for."""
+        return policy
 
     @classmethod
     def _managed_forward(cls, own_forward: Forward) -> Forward:
@@ -251,15 +256,7 @@ class AutoWrappedLinear(LoRAHotLoadMixin, AutoTorchModule, nn.Linear):
 
     @classmethod
     def _managed_forward(cls, own_forward: Forward) -> Forward:
-        plain = super()._managed_forward(own_forward)
-
-        def forward(self: AutoWrappedLinear, *args: Any, **kwargs: Any) -> Any:
-            out = plain(self, *args, **kwargs)
-            if not self.__dict__["lora_A_weights"]:
-                return out
-            return self.lora_forward(args[0] if args else next(iter(kwargs.values())), out)
-
-        return forward
+        return with_adapters(super()._managed_forward(own_forward))
 
     def computation(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(out, in)`` and bias ``(out,)`` in the computation placement."""

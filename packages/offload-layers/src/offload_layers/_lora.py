@@ -1,6 +1,7 @@
 """Low-rank adapters that are added while a layer computes, without touching its weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +46,15 @@ class LoRAHotLoadMixin:
         for output in outputs:
             out = out + output
         return out
+
+
+def with_adapters(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a layer with adapters, given the one without."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        if not self.__dict__["lora_A_weights"]:
+            return out
+        return self.lora_forward(args[0] if args else next(iter(kwargs.values())), out)
+
+    return forward

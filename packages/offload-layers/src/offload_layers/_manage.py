@@ -1,12 +1,14 @@
 """Taking over one layer: collect its parameters, put them where they rest, change its class."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import ConfigError
-from offload_layers._managed import ManagedModule, attach, swap_classes
+from offload_layers._managed import ManagedModule, attach, names_of, swap_classes
+from offload_layers._packed import PackedWeight
 from offload_layers._placement import Policy
 from offload_layers._residency import Residency
 from offload_layers._schedule import Schedule
@@ -31,17 +33,17 @@ def manage(
     Everything that can be refused is refused before anything changes.
     """
     source = check_source(source)
-    modules = list(module.modules()) if recurse else [module]
+    modules = list(dict.fromkeys(_parts(module))) if recurse else [module]
     for part in modules:
         if isinstance(part, ManagedModule):
             raise ConfigError(
                 f'layer "{name}" of class {type(part).__name__} is managed already; wrap a layer once'
             )
-    weights, own = _collect(module, modules, name)
+    weights, own = _collect(module, modules, name, face)
     homes = [_home(weight, policy, source) for weight in weights]
-    buffers = [Slot(part, key) for part in modules for key in part._buffers]
+    buffers = [Slot(part, key) for part in modules for key in part._buffers if key not in own[part]]
     loaded = []
-    if source is not None:
+    if source is not None and not face._owns_buffers:
         stored = _stored_buffers(module, modules, name, source)
         loaded = [(part, key, source[full].clone()) for part, key, full in stored]  # forward may write to it
 
@@ -56,17 +58,24 @@ def manage(
     return residency
 
 
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield *module* and the modules inside it, apart from layers that are managed for themselves."""
+    yield module
+    for child in module.children():
+        if not (isinstance(child, ManagedModule) and child._stands_alone):
+            yield from _parts(child)
+
+
 def _collect(
-    module: nn.Module, modules: list[nn.Module], prefix: str
+    module: nn.Module, modules: list[nn.Module], prefix: str, face: type[ManagedModule]
 ) -> tuple[list[Weight], dict[nn.Module, dict[str, Weight]]]:
     """Return one weight per distinct parameter, and for each module its weights by attribute name."""
     names = {part: n for n, part in module.named_modules()}
     by_parameter: dict[int, Weight] = {}
     own: dict[nn.Module, dict[str, Weight]] = {part: {} for part in modules}
     for part in modules:
-        for attribute, parameter in part._parameters.items():
-            if parameter is None:
-                continue
+        for attribute in itertools.chain(*names_of(part, with_buffers=face._owns_buffers)):
+            parameter = Slot(part, attribute).tensor
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ConfigError(
                     f'parameter "{attribute}" of layer "{prefix}" has no shape yet; run the model once'
@@ -74,7 +83,7 @@ def _collect(
             weight = by_parameter.get(id(parameter))
             if weight is None:
                 full = ".".join(filter(None, (prefix, names[part], attribute)))
-                weight = by_parameter[id(parameter)] = Weight(full, [])
+                weight = by_parameter[id(parameter)] = face._weight_class(full, [])
             weight.slots.append(Slot(part, attribute))
             own[part][attribute] = weight
     return list(by_parameter.values()), own
@@ -82,6 +91,8 @@ def _collect(
 
 def _home(weight: Weight, policy: Policy, source: Source | None) -> nn.Parameter:
     """Return what the model holds of *weight* at rest."""
+    if isinstance(weight, PackedWeight):
+        return weight.home(policy, source)
     parameter = weight.registered
     if policy.offload.is_disk and source is None:
         raise ConfigError(

@@ -74,6 +74,10 @@ class FlatWeights:
 class ManagedModule(nn.Module):
     """A module whose parameters are owned by a residency."""
 
+    _weight_class: type[Weight] = Weight
+    _owns_buffers = False  # whether persistent buffers are weights, too
+    _stands_alone = False  # whether a layer around it leaves it alone
+
     @classmethod
     def _managed_forward(cls, own_forward: Forward) -> Forward:
         """Return the ``forward`` of a managed class, given that of the module's own class."""
@@ -141,6 +145,7 @@ class ManagedModule(nn.Module):
             own_getstate = getattr(plain, "__getstate__", None)  # every object has one from Python 3.11 on
             state = dict(own_getstate(self) if own_getstate else self.__dict__)
             state["_parameters"] = dict(self._parameters)
+            state["_buffers"] = dict(self._buffers)
         for name in ("_residency", "_weights", *self._own_weights()):
             state.pop(name, None)
         if isinstance(self, nn.RNNBase):
@@ -178,23 +183,26 @@ def plain_class(managed: type) -> type[nn.Module]:
     return managed.__dict__["_plain_class"]  # type: ignore[no-any-return]
 
 
+Names = tuple[str, ...]
+
+
 def managed_class(
-    face: type[ManagedModule], own: type[nn.Module], names: tuple[str, ...]
+    face: type[ManagedModule], own: type[nn.Module], parameters: Names, buffers: Names = ()
 ) -> type[ManagedModule]:
-    """Return the subclass of *own* whose parameters *names* are managed, with the methods of *face*."""
-    key = (face, own, names)
+    """Return the subclass of *own*, with the methods of *face*, in which these tensors are managed."""
+    key = (face, own, parameters, buffers)
     if key not in _CLASSES:
         _CLASSES[key] = _make_class(*key)
     return _CLASSES[key]
 
 
-_CLASSES: dict[tuple[type, type, tuple[str, ...]], type[ManagedModule]] = {}
+_CLASSES: dict[tuple[type, type, Names, Names], type[ManagedModule]] = {}
 
 
 def _make_class(
-    face: type[ManagedModule], own: type[nn.Module], names: tuple[str, ...]
+    face: type[ManagedModule], own: type[nn.Module], parameters: Names, buffers: Names
 ) -> type[ManagedModule]:
-    namespace: dict[str, Any] = {name: WeightDescriptor(name) for name in names}
+    namespace: dict[str, Any] = {name: WeightDescriptor(name) for name in parameters + buffers}
     namespace.update(
         __module__=own.__module__,
         __qualname__=own.__qualname__,
@@ -203,11 +211,35 @@ def _make_class(
     )
     if issubclass(own, nn.RNNBase):
         namespace["_flat_weights"] = FlatWeights()
+    if buffers:  # assigning to a parameter calls register_parameter, to a buffer it calls nothing
+        namespace["__setattr__"] = _assigning(own)
     forward = face._managed_forward(own.forward)
     if forward is not own.forward:
         namespace["forward"] = functools.wraps(own.forward)(forward)
     metaclass: Any = type(own)  # such as ABCMeta
     return cast(type[ManagedModule], metaclass(own.__name__, (face, own), namespace))
+
+
+def _assigning(own: type[nn.Module]) -> Callable[[ManagedModule, str, object], None]:
+    """Return the ``__setattr__`` of a class whose buffers are managed."""
+
+    def assign(self: ManagedModule, name: str, value: Any) -> None:
+        weight = self.__dict__.get("_weights", {}).get(name)
+        if weight is None or not weight.is_buffer or self._owner().is_open:
+            own.__setattr__(self, name, value)
+        else:
+            self._owner().replace(weight, value)
+
+    return assign
+
+
+def names_of(module: nn.Module, *, with_buffers: bool) -> tuple[Names, Names]:
+    """Return the names of the parameters of *module* itself, and of its persistent buffers if asked for."""
+    buffers = module._buffers.items() if with_buffers else ()
+    return (
+        tuple(name for name, parameter in module._parameters.items() if parameter is not None),
+        tuple(n for n, b in buffers if b is not None and n not in module._non_persistent_buffers_set),
+    )
 
 
 def swap_classes(modules: list[nn.Module], face: type[ManagedModule], top: nn.Module) -> None:
@@ -219,9 +251,9 @@ def swap_classes(modules: list[nn.Module], face: type[ManagedModule], top: nn.Mo
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     for module in modules:
         own = type(module)
-        names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
+        names = names_of(module, with_buffers=face._owns_buffers)
         try:
-            module.__class__ = managed_class(face if module is top else ManagedModule, own, names)
+            module.__class__ = managed_class(face if module is top else ManagedModule, own, *names)
         except TypeError as error:
             for earlier, its_class in swapped:
                 earlier.__class__ = its_class

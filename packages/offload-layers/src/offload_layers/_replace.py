@@ -13,6 +13,7 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._manage import load_unmanaged, unmanaged_on_meta
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import Placement, Policy, check_config_keys, parse_device, parse_limit
+from offload_layers._quantized import AutoWrappedQuantizedModule, check_quantize, is_quantized
 from offload_layers._schedule import Schedule
 from offload_layers._source import check_in_source, check_source, with_ties
 
@@ -42,7 +43,9 @@ def enable_vram_management(
             limit; 0: nothing stays.
         disk_map: Mapping from names to tensors, which weights on disk are read from. With it, parameters
             on ``meta`` and persistent buffers of modules that the map does not cover are loaded too.
-        quantize: Must be None; quantized layers are not managed.
+        quantize: Tells which linear layers are quantized, by ``quantize.is_quantized_linear(module)``, as
+            DiffSynth's ``QuantizeConfig`` does; they become ``AutoWrappedQuantizedModule``, whatever the
+            map says, also inside layers of the map.
         **kwargs: Passed to the layer classes.
 
     Returns:
@@ -58,12 +61,17 @@ def enable_vram_management(
     source = check_source(disk_map)
     if source is not None:
         source = with_ties(source, model)
+        quantized = tuple(f"{name}." for name, part in model.named_modules() if is_quantized(part, quantize))
         for name, shape in unmanaged_on_meta(model):
-            check_in_source(source, name, shape)
+            if not name.startswith(quantized):
+                check_in_source(source, name, shape)
     policy = Policy.from_config(vram_config)
 
     target = _target(model, module_map)
     if target is not None:
+        _manage_quantized(
+            model, quantize, "", **vram_config, vram_limit=vram_limit, disk_map=source, **kwargs
+        )
         vram_config = fill_vram_config(model, vram_config)
         model = target(model, **vram_config, vram_limit=vram_limit, disk_map=source, **kwargs)
     else:
@@ -102,10 +110,18 @@ def enable_vram_management_recursively(
         if isinstance(module, AutoTorchModule):  # one module under two names, met before
             continue
         name = f"{name_prefix}.{child_name}" if name_prefix else child_name
+        settings: dict[str, Any] = {**vram_config, "vram_limit": vram_limit, "disk_map": disk_map}
+        if is_quantized(module, quantize):
+            AutoWrappedQuantizedModule(
+                module, **settings, name=name, quantize=quantize, schedule=schedule, **kwargs
+            )
+            continue
         target = _target(module, module_map)
         if target is not None:
+            if not _is_non_recurse(target):
+                _manage_quantized(module, quantize, name, **settings, schedule=schedule, **kwargs)
             more = kwargs | _if_ours(target, schedule=schedule)
-            layer = target(module, **vram_config, vram_limit=vram_limit, name=name, disk_map=disk_map, **more)
+            layer = target(module, **settings, name=name, **more)
             if layer is not module:  # a layer class from elsewhere, which wraps in its own way
                 setattr(model, child_name, layer)
             if not isinstance(layer, AutoWrappedNonRecurseModule):
@@ -121,6 +137,18 @@ def enable_vram_management_recursively(
             schedule=schedule,
             **kwargs,
         )
+
+
+def _manage_quantized(model: nn.Module, quantize: Any, prefix: str, **settings: Any) -> None:
+    """Manage the quantized layers inside a module that is to be one layer itself, for themselves."""
+    inside = [(name, part) for name, part in model.named_modules() if name and is_quantized(part, quantize)]
+    for name, part in inside:
+        full = f"{prefix}.{name}" if prefix else name
+        AutoWrappedQuantizedModule(part, **settings, name=full, quantize=quantize)
+
+
+def _is_non_recurse(target: object) -> bool:
+    return isinstance(target, type) and issubclass(target, AutoWrappedNonRecurseModule)
 
 
 def disable_vram_management(
@@ -201,8 +229,7 @@ def _check_arguments(
             )
     check_config_keys(vram_config)
     parse_limit(vram_limit)
-    if quantize is not None:
-        raise ConfigError("quantize is not supported: quantized layers cannot be managed yet")
+    check_quantize(quantize)
     for name, module in model.named_modules():
         if isinstance(module, ManagedModule):
             raise ConfigError(

@@ -18,11 +18,12 @@ from offload_layers._transfer import convert, parameter_like
 class Slot:
     """A name in a module, which is not kept alive: a model that nobody else holds is freed at once."""
 
-    __slots__ = ("_module", "name")
+    __slots__ = ("_module", "is_buffer", "name")
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._module = weakref.ref(module)
         self.name = name
+        self.is_buffer = name in module._buffers
 
     @property
     def module(self) -> nn.Module:
@@ -30,6 +31,17 @@ class Slot:
         module = self._module()
         assert module is not None, f"the module that held {self.name!r} is gone"
         return module
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What the module holds under the name."""
+        module = self.module
+        return (module._buffers if self.is_buffer else module._parameters)[self.name]
+
+    @tensor.setter
+    def tensor(self, tensor: Tensor) -> None:
+        module = self.module
+        (module._buffers if self.is_buffer else module._parameters)[self.name] = tensor  # type: ignore[assignment]
 
     @property
     def is_gone(self) -> bool:
@@ -53,10 +65,14 @@ class Weight:
     @property
     def held(self) -> nn.Parameter:
         """The parameter that the model holds now, be it for the time of a computation."""
-        slot = self.slots[0]
-        parameter = slot.module._parameters[slot.name]
+        parameter = self.slots[0].tensor
         assert parameter is not None, self.name
-        return parameter
+        return parameter  # type: ignore[return-value]  # or a buffer, which is no parameter
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether the model holds it as a buffer."""
+        return self.slots[0].is_buffer
 
     @property
     def is_gone(self) -> bool:
@@ -72,7 +88,7 @@ class Weight:
     def register(self, parameter: nn.Parameter) -> None:
         """Let the model hold *parameter*."""
         for slot in self.slots:
-            slot.module._parameters[slot.name] = parameter
+            slot.tensor = parameter
 
     def expose(self, tensor: Tensor) -> None:
         """Make *tensor* what reading the attribute gives."""

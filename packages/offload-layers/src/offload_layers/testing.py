@@ -86,7 +86,7 @@ def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
         for weight in residency.weights:
             parameter = weight.registered
             for slot in weight.slots:
-                assert slot.module._parameters[slot.name] is parameter, weight
+                assert slot.tensor is parameter, weight
                 exposed = slot.module.__dict__.get(slot.name)
                 assert (exposed is not None) == residency.resident, (weight, residency)
                 if exposed is not None:
