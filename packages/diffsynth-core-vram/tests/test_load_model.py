@@ -353,10 +353,3 @@ def test_bad_settings(state, settings, options, message):
     config = everywhere("cpu") | settings
     with pytest.raises(ValueError, match=message):
         load_model(Net, "", state_dict=source, module_map=LAYERS, vram_config=config, **options)
-
-
-def test_quantize_is_not_ignored(file):
-    with pytest.raises(
-        NotImplementedError, match="load_model cannot load quantized models yet; got quantize='int8'"
-    ):
-        load_model(Net, file, quantize="int8")

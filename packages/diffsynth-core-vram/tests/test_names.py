@@ -15,6 +15,7 @@ LAYERS = [
     "AutoWrappedLinear",
     "AutoWrappedModule",
     "AutoWrappedNonRecurseModule",
+    "AutoWrappedQuantizedModule",
     "LoRAHotLoadMixin",
     "enable_vram_management",
     "enable_vram_management_recursively",

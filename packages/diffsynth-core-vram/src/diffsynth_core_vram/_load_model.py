@@ -4,13 +4,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from offload_layers import AutoTorchModule, AutoWrappedNonRecurseModule, Policy, enable_vram_management
+from offload_layers import (
+    AutoTorchModule,
+    AutoWrappedNonRecurseModule,
+    Placement,
+    Policy,
+    enable_vram_management,
+)
 from safemap import DiskMap
 from skipinit import skip_model_initialization
 from torch import Tensor, nn
 
 from diffsynth_core_vram._fit import check_fit, tie_aliases
 from diffsynth_core_vram._progress import Watched
+from diffsynth_core_vram._quantize import check_quantize, load_quantized, metadata_of, stays_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 StateDictConverter = Callable[[Any], Mapping[str, Any]]
@@ -55,7 +62,9 @@ def load_model(
         vram_limit: GiB of the computation device that may be in use for managed layers to stay there; None:
             no limit; 0: nothing stays.
         state_dict: Names to tensors, used instead of the files at *path*.
-        quantize: Must be None: quantized models are not supported yet.
+        quantize: An object such as DiffSynth's ``QuantizeConfig``: it quantizes the model once that is
+            loaded, or, with ``load_prequantized``, prepares it for a checkpoint that is quantized already.
+            The model keeps it as ``quantize_config``. Managed layers that are quantized move as they are.
 
     Returns:
         The model.  Layers kept on disk go on reading the files, which must stay as they are.
@@ -63,15 +72,11 @@ def load_model(
     Raises:
         CheckpointMismatchError: tensors are missing, unexpected or of another shape.
         ValueError: *module_map* without *vram_config*, or settings that make no sense.
-        NotImplementedError: *quantize* is given.
 
     A checkpoint that is missing, damaged or in parts raises the errors of ``DiskMap``.
     """
     if quantize is not None:
-        raise NotImplementedError(
-            f"load_model cannot load quantized models yet; got quantize={quantize!r}. Pass quantize=None; "
-            "vram_config can store weights in eight bits, as torch.float8_e4m3fn."
-        )
+        check_quantize(quantize)
     if module_map is not None and vram_config is None:
         raise ValueError("module_map says which layers are managed, vram_config where they are: pass both")
     policy = Policy.from_config(vram_config or {}) if module_map is not None else None
@@ -88,24 +93,61 @@ def load_model(
             state_dict_converter=state_dict_converter,
             unwrap=state_dict_converter is None or (policy is None and not use_disk_map),
         )
-    aliases = tie_aliases(model, source)
-    check_fit(model, source, aliases)
+    metadata = metadata_of(source)
+    label = f"Loading {type(model).__name__}"
 
+    def manage(model: Model, source: Mapping[str, Tensor] | None) -> Model:
+        managed = enable_vram_management(
+            model,
+            module_map or {},
+            vram_config or {},
+            vram_limit,
+            source,
+            quantize,
+            **({"metadata": metadata} if quantize is not None else {}),
+        )
+        _cast_unmanaged(managed, None if policy is None else policy.computation.dtype)
+        return cast("Model", managed.eval())
+
+    if quantize is not None:
+        if policy is not None and stays_packed(quantize, on_disk=policy.offload.is_disk):
+            model = quantize.prepare_for_prequantized_load(model, compute_dtype=policy.computation.dtype)
+            loaded = manage(model, source)
+        else:
+            placement = Placement(torch.device(device), torch_dtype) if policy is None else policy.computation
+            with Watched(source, label) as watched:
+                loaded = load_quantized(
+                    model,
+                    watched,
+                    quantize,
+                    lambda source: _assign(
+                        model, source, _fit(model, source), placement.dtype, placement.device
+                    ),
+                    metadata=metadata,
+                    computation=placement,
+                    device=placement.device if policy is None else policy.offload.device,
+                )
+            loaded = loaded.eval() if policy is None else manage(loaded, None)
+        loaded.quantize_config = quantize  # adapters are added accordingly
+        return loaded
+
+    aliases = _fit(model, source)
     if policy is None:
-        with Watched(source, f"Loading {type(model).__name__}") as watched:
+        with Watched(source, label) as watched:
             _assign(model, watched, aliases, torch_dtype, device)
         model = model.to(dtype=torch_dtype, device=device)  # buffers, and classes with a `to` of their own
         return model.eval()
-
-    def manage(source: Mapping[str, Tensor]) -> Model:
-        managed = enable_vram_management(model, module_map or {}, vram_config or {}, vram_limit, source)
-        _cast_unmanaged(managed, policy.computation.dtype)
-        return cast("Model", managed.eval())
-
     if policy.offload.is_disk:  # almost nothing is read now
-        return manage(source)
-    with Watched(source, f"Loading {type(model).__name__}") as watched:
-        return manage(watched)
+        return manage(model, source)
+    with Watched(source, label) as watched:
+        return manage(model, watched)
+
+
+def _fit(model: nn.Module, source: Mapping[str, Tensor]) -> dict[str, str]:
+    """Check that *source* fits *model*; return which names are other names of tied parameters."""
+    aliases = tie_aliases(model, source)
+    check_fit(model, source, aliases)
+    return aliases
 
 
 def _assign(
