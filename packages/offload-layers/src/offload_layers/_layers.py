@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from offload_layers._device import OutOfMemory
 from offload_layers._errors import ConfigError
+from offload_layers._fp8 import FP8
+from offload_layers._fp8_matmul import check_computes, check_multiplies
+from offload_layers._fp8_matmul import linear as eight_bit_linear
 from offload_layers._lora import LoRAHotLoadMixin, with_adapters
 from offload_layers._manage import manage
 from offload_layers._managed import Forward, ManagedModule, Offered
@@ -44,6 +47,11 @@ class _Setting:
             after = parse_placement(self.role, before.dtype, value, before)
         else:
             after = parse_placement(self.role, value, None, before)
+        if self.role == "computation" and after.dtype in FP8 and before.dtype not in FP8:
+            raise ConfigError(
+                f'computation_dtype of layer "{residency.name}" cannot become {after.dtype} while it is '
+                "managed; enable management with it"
+            )
         residency.set_policy(residency.policy.replace(self.role, after))
 
 
@@ -88,6 +96,7 @@ class AutoTorchModule(ManagedModule):
     )
 
     _covers_children = True  # whether the parameters of inner modules belong to this layer
+    _multiplies = False  # whether the layer is a matrix product, which can be had in eight bits
 
     def __new__(
         cls,
@@ -122,11 +131,12 @@ class AutoTorchModule(ManagedModule):
             }
         )
         limit = parse_limit(vram_limit)
+        policy = cls._policy(policy)
         cls._check(module, policy)
         manage(
             module,
-            cls,
-            cls._policy(policy),
+            cls._face(policy),
+            policy,
             name=name,
             source=disk_map,
             limit=limit,
@@ -146,6 +156,13 @@ class AutoTorchModule(ManagedModule):
             )
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{cls.__name__} wraps a torch.nn.Module; got {type(module).__name__}")
+        if not cls._multiplies:
+            check_computes(module, policy.computation, recurse=cls._covers_children)
+
+    @classmethod
+    def _face(cls, policy: Policy) -> "type[AutoTorchModule]":
+        """Return the class of layers that follow *policy*."""
+        return cls
 
     @classmethod
     def _policy(cls, policy: Policy) -> Policy:
@@ -240,6 +257,8 @@ class AutoWrappedNonRecurseModule(AutoTorchModule):
 class AutoWrappedLinear(LoRAHotLoadMixin, AutoTorchModule, nn.Linear):
     """A linear layer, to which low-rank adapters can be added while it is managed."""
 
+    _multiplies = True
+
     @classmethod
     def _check(cls, module: nn.Module, policy: Policy) -> None:
         super()._check(module, policy)
@@ -247,6 +266,11 @@ class AutoWrappedLinear(LoRAHotLoadMixin, AutoTorchModule, nn.Linear):
             raise ConfigError(
                 f"AutoWrappedLinear wraps nn.Linear; got {type(module).__name__}. Use AutoWrappedModule"
             )
+        check_multiplies(module, policy.computation)
+
+    @classmethod
+    def _face(cls, policy: Policy) -> type[AutoTorchModule]:
+        return _EightBitLinear if policy.computation.dtype in FP8 else cls
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Manage *module* and return it."""
@@ -261,3 +285,17 @@ class AutoWrappedLinear(LoRAHotLoadMixin, AutoTorchModule, nn.Linear):
     def computation(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(out, in)`` and bias ``(out,)`` in the computation placement."""
         return self.weight, self.bias
+
+
+class _EightBitLinear(AutoWrappedLinear):
+    """One that computes in eight-bit floats."""
+
+    @classmethod
+    def _managed_forward(cls, own_forward: Forward) -> Forward:
+        def multiply(self: nn.Linear, input: Tensor) -> Tensor:
+            weight = self.weight
+            if weight.dtype in FP8:
+                return eight_bit_linear(input, weight, self.bias)
+            return own_forward(self, input)  # type: ignore[no-any-return]  # computation_dtype was changed
+
+        return super()._managed_forward(multiply)
