@@ -70,3 +70,20 @@ def saved(tmp_path: Path) -> Callable[[nn.Module], str]:
         return str(path)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def original_load_model(original: Any) -> Callable[..., nn.Module]:
+    """DiffSynth-Studio's own ``load_model``, on its own ``core.vram``."""
+    import diffsynth.core.loader
+
+    name = "diffsynth.core.loader.original_model"
+    path = Path(diffsynth.core.loader.__file__).parent / "model.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for function in ("skip_model_initialization", "DiskMap", "enable_vram_management"):
+        setattr(module, function, getattr(original, function))
+    return module.load_model  # type: ignore[no-any-return]

@@ -117,6 +117,14 @@ def test_tied_parameter_saved_twice(plain, state):
     assert torch.equal(model(X), plain(X))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+def test_tied_parameter_of_managed_layers_is_in_memory_once(file, dtype):
+    model = load_model(Net, file, module_map=LAYERS, vram_config=everywhere("cpu", dtype), vram_limit=0)
+    held = [module._parameters["weight"] for module in (model.embed, model.head)]
+    assert held[0].dtype == held[1].dtype == dtype
+    assert held[0].data_ptr() == held[1].data_ptr()
+
+
 def test_tied_parameter_saved_with_two_values(state):
     state["head.weight"] = state["embed.weight"] + 1
     message = (

@@ -1,6 +1,7 @@
 """From files to a model that is ready to run: skipped initialization, lazy reading, managed layers."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from diffsynth_core_vram._fit import check_fit, tie_aliases
 from diffsynth_core_vram._progress import Watched
 from diffsynth_core_vram._quantize import check_quantize, load_quantized, metadata_of, stays_packed
+from diffsynth_core_vram._shared import Shared
 
 Model = TypeVar("Model", bound=nn.Module)
 StateDictConverter = Callable[[Any], Mapping[str, Any]]
@@ -139,7 +141,8 @@ def load_model(
         return model.eval()
     if policy.offload.is_disk:  # almost nothing is read now
         return manage(model, source)
-    with Watched(source, label) as watched:
+    at_rest = partial(_placed, dtype=policy.offload.dtype, device=policy.offload.device)
+    with Watched(Shared(source, aliases, at_rest), label) as watched:
         return manage(model, watched)
 
 
@@ -165,12 +168,16 @@ def _assign(
         if first not in state:
             tensor = source[first]
             if isinstance(tensor, Tensor):  # extra state need not be one
-                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                tensor = _placed(tensor, dtype, device)
             if first in aliases:
                 tensor = nn.Parameter(tensor, requires_grad=parameters[first].requires_grad)
             state[first] = tensor
         state[name] = state[first]
     model.load_state_dict(state, assign=True)
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def _cast_unmanaged(model: nn.Module, dtype: torch.dtype | None) -> None:
