@@ -1,6 +1,8 @@
 """The laws of Mapping, for every kind of map and source."""
 
 import json
+import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -201,7 +203,7 @@ def test_bad_arguments(path: str, arguments: dict, error: type[Exception], messa
 
 def test_buffer_size(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFSYNTH_DISK_MAP_BUFFER_SIZE", raising=False)
-    assert DiskMap(path).buffer_size == 10**9
+    assert DiskMap(path).buffer_size == sys.maxsize  # never renewed
     monkeypatch.setenv("DIFFSYNTH_DISK_MAP_BUFFER_SIZE", "5000")
     assert DiskMap(path).buffer_size == 5000
     assert DiskMap(path, buffer_size=7).buffer_size == 7
@@ -218,3 +220,19 @@ def test_a_mapping_is_renewed_after_buffer_size(path: str, tensors: dict[str, Te
     disk_map["embedding"]  # more than 1,000 elements
     assert disk_map["blocks.0.bias"].data_ptr() != first.data_ptr()
     assert_same(first, tensors["blocks.0.bias"])  # a view keeps its mapping
+
+
+def test_the_same_map_with_other_threads(path: str, tensors: dict[str, Tensor]) -> None:
+    disk_map = DiskMap(path, torch_dtype=torch.float64)
+    alone = disk_map.with_threads(1)
+    assert alone.files == disk_map.files
+    assert alone._reader.threads == 1
+    assert disk_map._reader.threads == DiskMap(path)._reader.threads
+    assert_same(alone["embedding"], tensors["embedding"].double())
+    alone_again = pickle.loads(pickle.dumps(alone))
+    assert alone_again._reader.threads == 1
+    disk_map.close()
+    with pytest.raises(ClosedMapError):
+        disk_map.with_threads(2)
+    with pytest.raises(ClosedMapError):  # the files are shared
+        alone["embedding"]

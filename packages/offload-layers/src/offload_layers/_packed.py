@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement, Policy
-from offload_layers._source import DescribesTensors, Source
+from offload_layers._source import Source, offered
 from offload_layers._transfer import convert, parameter_like
 from offload_layers._weight import Weight
 
@@ -178,8 +178,9 @@ class PackedSource(Mapping[str, Tensor]):
         """Return the bytes that the checkpoint has of the layer, all under its first name."""
         if name != self._names[0]:
             return 0
-        if isinstance(self._source, DescribesTensors):
-            infos = [self._source.info(key) for key in self.keys_in_source]
+        info = offered(self._source, "info")
+        if info is not None:
+            infos = [info(key) for key in self.keys_in_source]
             return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
         return sum(nbytes(self._source[key]) for key in self.keys_in_source)
 

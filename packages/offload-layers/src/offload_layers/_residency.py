@@ -21,7 +21,7 @@ from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched, MadeFrom
 from offload_layers._schedule import Schedule
-from offload_layers._source import ReadsAhead, Source
+from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack
@@ -71,6 +71,8 @@ class Residency:
         self._budget = budget
         self.schedule = schedule
         self._lock = threading.RLock()
+        self._reader_source = source if schedule is None else schedule.source_for_reader(source)
+        self._ask_ahead = offered(self._reader_source, "prefetch")
         self._users = 0
         self._staged: StagedCopy | None = None
         self.keeps_staged = False
@@ -273,11 +275,13 @@ class Residency:
 
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
-        if isinstance(self.source, ReadsAhead):
-            self.source.prefetch([w.name for w in self.weights if w.registered.is_meta])
-        device = self._device
+        if self._ask_ahead is not None:
+            self._ask_ahead([w.name for w in self.weights if w.registered.is_meta])
+        device, placement, source = self._device, self.policy.computation, self._reader_source
         with device.aside():
-            return [self._computable(weight) for weight in self.weights], device.mark()
+            return [
+                w.computable(placement, source, differentiable=False) for w in self.weights
+            ], device.mark()
 
     # -- values -------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from offload_layers._budget import Borrower, Budget
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher, PrefetchStatistics
+from offload_layers._source import Source, alone
 
 
 class Scheduled(Fetchable, Borrower, Protocol):
@@ -34,6 +35,7 @@ class Schedule:
     def __init__(self) -> None:
         self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
         self.prefetcher = Prefetcher(self._order)
+        self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
         self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
@@ -65,6 +67,15 @@ class Schedule:
     def statistics(self) -> PrefetchStatistics:
         """Return a snapshot."""
         return self.prefetcher.statistics()
+
+    def source_for_reader(self, source: Source | None) -> Source | None:
+        """Return *source* as the reader thread should use it, the same object for all layers."""
+        for given, ours in self._sources:
+            if given is source:
+                return ours
+        ours = alone(source)
+        self._sources.append((source, ours))
+        return ours
 
     # -- reading weights from outside ---------------------------------------------------------------
 

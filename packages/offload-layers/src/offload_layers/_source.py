@@ -1,12 +1,16 @@
 """Where weights on disk come from: any mapping from names to tensors.
 
-A source that also offers ``info(name)``, with ``dtype`` and ``shape``, lets a model be checked against its
-checkpoint before anything is read or changed.
+A source may offer more, and is asked for it by name:
+
+* ``info(name)``, an object with ``dtype`` and ``shape``: a model is then checked against its checkpoint
+  before anything is read or changed;
+* ``prefetch(names)``: tensors are brought closer before they are asked for;
+* ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +20,15 @@ from offload_layers._errors import ConfigError, MissingTensorError, ShapeMismatc
 Source = Mapping[str, Tensor]
 
 
-@runtime_checkable
-class DescribesTensors(Protocol):
-    """A source that knows dtype and shape without reading."""
-
-    def info(self, name: str, /) -> Any:
-        """Return an object with ``dtype`` and ``shape``."""
+def offered(source: Source | None, method: str) -> Callable[..., Any] | None:
+    """Return a method that not every source has, or None."""
+    return getattr(source, method, None)
 
 
-@runtime_checkable
-class ReadsAhead(Protocol):
-    """A source that can bring tensors closer before they are asked for."""
-
-    def prefetch(self, names: list[str], /) -> None:
-        """Begin to read *names*."""
+def alone(source: Source | None) -> Source | None:
+    """Return *source* such that reading from it takes one core, for reading beside a computation."""
+    with_threads = offered(source, "with_threads")
+    return source if with_threads is None else with_threads(1)
 
 
 def check_source(source: object) -> Source | None:
@@ -43,8 +42,9 @@ def check_source(source: object) -> Source | None:
 
 def stored_dtype(source: Source, name: str, default: torch.dtype) -> torch.dtype:
     """Return the dtype in which the source gives *name*, as far as it tells without reading."""
-    if isinstance(source, DescribesTensors):
-        dtype = source.info(name).dtype
+    info = offered(source, "info")
+    if info is not None:
+        dtype = info(name).dtype
         return dtype if isinstance(dtype, torch.dtype) else default
     return default
 
@@ -58,8 +58,9 @@ def check_in_source(source: Source, name: str, shape: torch.Size) -> None:
             f'the disk map has no tensor "{name}", which a parameter of shape {tuple(shape)} needs.{hint} '
             "Pass the checkpoint of this model, or a state_dict_converter that renames its tensors."
         )
-    if isinstance(source, DescribesTensors):
-        check_shape(name, tuple(source.info(name).shape), shape)
+    info = offered(source, "info")
+    if info is not None:
+        check_shape(name, tuple(info(name).shape), shape)
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: torch.Size) -> None:
@@ -91,15 +92,15 @@ class TiedSource(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._source or name in self._aliases
 
-    def info(self, name: str) -> Any:
-        """Return what the underlying source says of *name*."""
-        return self._source.info(self._aliases.get(name, name))  # type: ignore[attr-defined]
-
-
-class _PlainTiedSource(TiedSource):
-    """The same over a source that cannot describe its tensors."""
-
-    info = None  # type: ignore[assignment]
+    def __getattr__(self, method: str) -> Any:
+        if method not in ("info", "prefetch", "with_threads"):
+            raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
+        offer = getattr(self._source, method)
+        if method == "info":
+            return lambda name: offer(self._aliases.get(name, name))
+        if method == "prefetch":
+            return lambda names: offer([self._aliases.get(name, name) for name in names])
+        return lambda threads: TiedSource(offer(threads), self._aliases)
 
 
 def with_ties(source: Source, model: nn.Module, prefix: str = "") -> Source:
@@ -111,10 +112,4 @@ def with_ties(source: Source, model: nn.Module, prefix: str = "") -> Source:
     for names in names_of.values():
         present = [name for name in names if name in source]
         aliases.update({name: present[0] for name in names if present and name not in source})
-    if not aliases:
-        return source
-    return (
-        TiedSource(source, aliases)
-        if isinstance(source, DescribesTensors)
-        else _PlainTiedSource(source, aliases)
-    )
+    return TiedSource(source, aliases) if aliases else source

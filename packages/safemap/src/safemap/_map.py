@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -46,8 +47,8 @@ class DiskMap(Mapping[str, Tensor]):
             dict of the model.  Any function written for a real state dict will do: what it does with tensors
             is recorded, and done for a name when that name is asked for.
         buffer_size: With ``mmap=True``, how many elements may be read before the mapping is renewed, which
-            gives its pages back.  None: the environment variable ``DIFFSYNTH_DISK_MAP_BUFFER_SIZE``, or
-            10**9.  Without ``mmap`` nothing is buffered and it has no effect.
+            gives its pages back (the system takes them by itself when it needs memory).  None: the
+            environment variable ``DIFFSYNTH_DISK_MAP_BUFFER_SIZE``, or never.  Without ``mmap`` no effect.
         mmap: Give views of a private mapping of the file instead of memory of their own.  Fast, but a file
             that is truncated while a view is alive kills the process when the view is read.
         pin_memory: Give tensors in page-locked memory, which devices copy faster.  For ``device="cpu"``.
@@ -275,6 +276,18 @@ class DiskMap(Mapping[str, Tensor]):
                 stored.append(entry)
         return stored, parts
 
+    def with_threads(self, threads: int) -> "DiskMap":
+        """Return the same map over the same open files, whose large tensors are read by *threads* threads.
+
+        For reading beside something else that needs the cores, where one thread is enough.
+        """
+        self._check_open()
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._options = {**self._options, "threads": threads}
+        twin._reader = twin._make_reader()
+        return twin
+
     @property
     def metadata(self) -> Mapping[str, str]:
         """Metadata of the files; where shards differ, lists are united and the later file wins otherwise."""
@@ -382,7 +395,7 @@ def _reopen(cls: type[DiskMap], state: dict[str, Any], opened: list[tuple[str, I
 def _buffer_size(explicit: int | None) -> int:
     text = os.environ.get("DIFFSYNTH_DISK_MAP_BUFFER_SIZE") if explicit is None else explicit
     if text is None:
-        return 10**9
+        return sys.maxsize
     try:
         value = int(text)
     except ValueError:
