@@ -8,6 +8,7 @@ limit holds; layers larger than the limit run alone.
 Changing the books happens under one lock; moving tensors happens outside of it.
 """
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -127,6 +128,18 @@ class Budget:
                     self._refusals += 1
                     return None
             return self._lend(borrower, nbytes, is_resident=True)
+
+    def try_keep(self, lease: Lease, *, limit: int | None) -> bool:
+        """Let what was lent for a computation stay, if it fits under *limit*; say whether it may."""
+        with self._lock:
+            self._collect()
+            entry = self._entries[lease._key]
+            if entry.is_resident:
+                return True
+            if limit is not None and max(self._lent, self._in_use()) + self._headroom() > limit:
+                return False
+            self._entries[lease._key] = dataclasses.replace(entry, is_resident=True)
+            return True
 
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
         """Lend *nbytes* to a layer that is about to compute; residents may be asked to leave."""

@@ -87,7 +87,9 @@ def enable_vram_management(
         )
         if source is not None:
             load_unmanaged(model, source, policy)
-        if not any(isinstance(module, ManagedModule) for module in model.modules()):
+        layers = [module._owner() for module in model.modules() if isinstance(module, AutoTorchModule)]
+        Schedule.keep_small(layers)
+        if not layers:
             classes = ", ".join(c.__name__ for c in module_map)
             _log.warning("%s has no module of the classes in module_map (%s)", type(model).__name__, classes)
     model.vram_management_enabled = True  # type: ignore[assignment]  # pipelines look for this

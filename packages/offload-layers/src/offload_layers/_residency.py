@@ -75,7 +75,7 @@ class Residency:
         self._ask_ahead = offered(self._reader_source, "prefetch")
         self._users = 0
         self._staged: StagedCopy | None = None
-        self.keeps_staged = False
+        self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
         self._kept: Fetched | None = None
         self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
@@ -140,7 +140,12 @@ class Residency:
             if any(weight.is_gone for weight in self.weights):
                 self._tiers.abandon()  # the model is garbage that was not collected yet
                 return True
-            if self.state is not State.PREPARING or self._users:
+            if self._users:
+                return False
+            if self._kept is not None:
+                self._drop_kept()
+                return True
+            if self.state is not State.PREPARING:
                 return False
             self._drop_to(State.ONLOAD)
             return True
@@ -218,9 +223,11 @@ class Residency:
                 self._hide()
             self._staged = None
             self._device.finished()
-            if self.keeps_staged and not changed and not staged.is_differentiable:
+            if self.keeps_staged and not (changed or staged.is_differentiable or self.resident):
                 self._kept = staged.fetched
-                return
+                if self.budget.try_keep(staged.lease, limit=self.limit):
+                    return
+                self._kept = None
             staged.lease.give_back()
             for weight, values in changed:
                 self.replace(weight, parameter_like(weight.registered, values))
@@ -522,6 +529,7 @@ class Residency:
                 budget=self._budget,
                 schedule=self.schedule and memo.setdefault(id(self.schedule), Schedule()),
             )
+            new.keeps_staged = self.keeps_staged
             new.climb_to(min(state, State.ONLOAD, key=_HEIGHT.__getitem__))
             return new
 

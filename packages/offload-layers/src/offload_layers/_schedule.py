@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from offload_layers._budget import Borrower, Budget
@@ -11,11 +11,17 @@ from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher, PrefetchStatistics
 from offload_layers._source import Source, alone
 
+#: copies are kept between forwards, those of the smallest layers first, up to this part of the model's bytes:
+#: norms, mostly, which cost more in calls than in bytes
+KEPT_SHARE = 1 / 256
+KEPT_NBYTES = 32 << 20  # but no more than that
+
 
 class Scheduled(Fetchable, Borrower, Protocol):
     """A layer, as the schedule of its model sees it."""
 
     limit: int | None
+    keeps_staged: bool
     preparing_nbytes: int  # what the layer takes when it stays
 
     @property
@@ -103,6 +109,14 @@ class Schedule:
             layer.leave()
 
     # -- staying ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def keep_small(layers: Sequence[Scheduled]) -> None:
+        """Let the smallest of all *layers* of a model keep the copies that they compute with."""
+        left = min(KEPT_NBYTES, KEPT_SHARE * sum(layer.computation_nbytes for layer in layers))
+        for layer in sorted(layers, key=lambda layer: layer.computation_nbytes):
+            left -= layer.computation_nbytes
+            layer.keeps_staged = left >= 0
 
     def may_stay(self, layer: Scheduled) -> bool:
         """Whether *layer* is one of those that should stay, as far as that is decided."""
