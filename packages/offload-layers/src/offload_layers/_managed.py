@@ -146,7 +146,7 @@ class ManagedModule(nn.Module):
             state = dict(own_getstate(self) if own_getstate else self.__dict__)
             state["_parameters"] = dict(self._parameters)
             state["_buffers"] = dict(self._buffers)
-        for name in ("_residency", "_weights", *self._own_weights()):
+        for name in ("_residency", "_weights", "_merge", *self._own_weights()):
             state.pop(name, None)
         if isinstance(self, nn.RNNBase):
             self.__dict__.pop("_flat_weights", None)

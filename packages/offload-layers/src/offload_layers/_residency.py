@@ -77,6 +77,8 @@ class Residency:
         self._staged: StagedCopy | None = None
         self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
         self._kept: Fetched | None = None
+        self._beside: Lease | None = None
+        self.holds_beside = False
         self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
@@ -100,7 +102,8 @@ class Residency:
     def leased_nbytes(self) -> int:
         """Bytes that the layer has borrowed from its budget."""
         staged = [copy.lease.nbytes for copy in (self._staged, self._kept) if copy is not None]
-        return self._tiers.leased_nbytes + sum(staged)
+        beside = self._beside.nbytes if self._beside is not None else 0
+        return self._tiers.leased_nbytes + sum(staged) + beside
 
     # -- changing the state -------------------------------------------------------------------------
 
@@ -290,6 +293,18 @@ class Residency:
                 w.computable(placement, source, differentiable=False) for w in self.weights
             ], device.mark()
 
+    def hold_beside(self, nbytes: int) -> None:
+        """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
+        if nbytes == (self._beside.nbytes if self._beside is not None else 0):
+            return
+        with self._lock:
+            before, self._beside = self._beside, None
+            if before is not None:
+                before.give_back()
+            self.holds_beside = nbytes > 0
+            if nbytes:
+                self._beside = self.budget.borrow(self, nbytes, limit=self.limit)
+
     # -- values -------------------------------------------------------------------------------------
 
     def value(self, weight: Weight) -> Tensor:
@@ -301,6 +316,11 @@ class Residency:
         """Take *parameter* as the new values of a weight; one on disk is in host memory from now on."""
         with self._lock, self._at_rest():
             self._settle(weight, parameter)
+
+    def rebase(self, weight: Weight, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+        """Let *make* turn the values at rest of a weight into others; on failure nothing has changed."""
+        with self._lock, self._at_rest():
+            self._settle(weight, make(weight.registered))
 
     @contextmanager
     def opened(self, weights: Iterable[Weight], *, read: bool = False) -> Iterator[None]:
@@ -349,6 +369,7 @@ class Residency:
             if self._users:
                 raise IllegalTransitionError(f'layer "{self.name}" is computing and cannot be given back now')
             self._drop_kept()
+            self.hold_beside(0)
             self._drop_to(State.OFFLOAD)
             plain = []
             for weight in self.weights:
