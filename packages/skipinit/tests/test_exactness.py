@@ -232,6 +232,51 @@ class Explicit(nn.Module):
         self.channels = torch.empty(1, 2, 3, 3, memory_format=torch.channels_last).zero_()
 
 
+class ExplicitInPlace(nn.Module):
+    """What a generator gives later depends on what was drawn from it before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.weight = nn.Parameter(torch.empty(3))
+        self.weight.data.normal_(generator=generator)
+        nn.init.uniform_(self.weight, generator=generator)
+        self.after = torch.rand(2, generator=generator)
+
+
+class Sequence(list[Any]):
+    pass
+
+
+class PartsOfData(nn.Module):
+    """Parameters that are views of a computed tensor; their values are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        computed = torch.arange(12.0).view(3, 4)
+        self.late, self.column = nn.Parameter(computed[1:]), nn.Parameter(computed[:, 2])
+        self.read = [self.late.detach().clone(), self.column.detach() + 1, self.late.tolist()]
+        self.stacked = torch.stack(Sequence([nn.Parameter(torch.ones(3)), self.column.detach()]))
+
+
+class OwnReset(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.5)
+        self.seen = self.weight.tolist()
+
+
+class LinearVariants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = OwnReset(3, 2)
+        self.plain = nn.Linear(3, 2, bias=False)
+        self.again = nn.Linear(2, 2)
+        self.again.reset_parameters()
+        nn.init.ones_(self.again.weight)
+        nn.init.zeros_(self.again.bias)
+        self.values = [self.again.weight.detach().clone(), self.again.bias.tolist()]
+
+
 class Seeds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -294,6 +339,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "converts": Converts,
     "explicit_generator_and_out": Explicit,
     "seeds": Seeds,
+    "explicit_generator_in_place": ExplicitInPlace,
+    "parts_of_data": PartsOfData,
+    "linear_variants": LinearVariants,
     "lazy": Lazy,
     "dropped": Dropped,
     "plain_buffer": lambda: with_buffer(torch.zeros(2, 3)),

@@ -177,6 +177,13 @@ def test_device_other_than_meta_keeps_the_plain_values() -> None:
     assert model.steps.tolist() == [0, 1, 2]
 
 
+def test_device_other_than_meta_keeps_the_values_of_views() -> None:
+    with skip_model_initialization("cpu"):
+        model = nn.Module()
+        model.late = nn.Parameter(torch.arange(6.0)[4:])
+    assert model.late.tolist() == [4, 5]
+
+
 def test_other_threads_build_plain_models_meanwhile() -> None:
     with skip_model_initialization():
         mine = nn.Linear(3, 3)

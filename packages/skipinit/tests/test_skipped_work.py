@@ -83,6 +83,25 @@ def test_initializers_give_their_distribution_when_the_value_is_read() -> None:
     assert int((half == 0).sum()) == 50
 
 
+def test_linear_layer_gives_its_distribution_when_the_value_is_read() -> None:
+    with skip_model_initialization():
+        layer = nn.Linear(100, 200)
+        assert "reset_parameters" not in vars(layer)
+        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    assert layer.weight.is_meta
+    for values in (weight, bias):
+        assert 0.095 < float(values.abs().max()) <= 0.1  # 1 / sqrt(100)
+    assert float(weight.std()) == pytest.approx(0.1 / 3**0.5, rel=0.05)
+
+
+def test_replaced_initializer_of_a_linear_layer_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: shapes.append(tensor.shape))
+    with skip_model_initialization():
+        nn.Linear(2, 3)
+    assert shapes == [(3, 2)]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

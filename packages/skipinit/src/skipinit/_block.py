@@ -17,13 +17,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from ._errors import PendingValueError
-from ._log import Log, become, storage_address
+from ._linear import expect_reset
 from ._mode import BlockMode
-from ._streams import Streams
+from ._pending import Log, become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
-
-
 _running_loop = asyncio._get_running_loop
 
 
@@ -38,8 +36,8 @@ class Block:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.depth = 1
-        self.log = Log(Streams())
-        self.parameters: dict[int, nn.Parameter] = {}  # by id
+        self.log = Log()
+        self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
         self._thread, self._task = threading.get_ident(), _current_task()
         self._outer = _entered.get()
         self._mode = BlockMode(self)
@@ -75,29 +73,26 @@ class Block:
         for mode in reversed(above[:-1]):
             _push_mode(mode)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
-            try:
+            for parameter in self.parameters.values():
+                if storage_address(parameter) not in self.log.storages:  # ``parameter.data = ...``
+                    self._empty(parameter)
+            with contextlib.suppress(*([PendingValueError] if failed else [])):
                 self._give_values()
-            except PendingValueError:
-                if not failed:
-                    raise
-            self._place_parameters()
+            if self.device.type != "meta":
+                for parameter in self.parameters.values():
+                    if self.log.find(parameter) is not None:
+                        become(parameter, self.log.value(parameter).to(self.device, copy=True))
 
     def _give_values(self) -> None:
-        for parameter in (
-            self.parameters.values() if self.log.born else ()
-        ):  # ``parameter.data = ...`` made some real
-            self._empty(parameter)
         for tensor in self.log.survivors():
-            if self.log.device_of(tensor) is not None:
-                self.log.materialize(tensor)
-        pending = [p for p in self.parameters.values() if self.log.device_of(p) is not None]
-        unknown = self.log.storages_with_unknown_users(pending)
+            self.log.materialize(tensor)
+        unknown = self.log.storages_with_unknown_users(map(storage_address, self.parameters.values()))
         if unknown:
             self._search_for_users(unknown)
 
     def _search_for_users(self, storages: set[int]) -> None:
         """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
-        ours = {id(entry[0]) for entries in (self.log.births, self.log.kept) for entry in entries}
+        known = self.log.own_ids() | self.parameters.keys()
         registered: set[int] = set()
         users: list[Tensor] = []
         for candidate in gc.get_objects():
@@ -106,51 +101,43 @@ class Block:
                 registered.update(id(p) for p in candidate.__dict__.get("_parameters", {}).values())
             elif (
                 issubclass(kind, Tensor)
-                and id(candidate) not in ours
-                and id(candidate) not in self.parameters
+                and id(candidate) not in known
+                and storage_address(candidate) in storages
             ):
-                device = self.log.device_of(candidate)
-                if device is not None and storage_address(candidate) in storages:
-                    users.append(candidate)
+                users.append(candidate)
         for tensor in users:
             if id(tensor) in registered:
                 self.parameters[id(tensor)] = tensor  # type: ignore[assignment]
             else:
                 self.log.materialize(tensor)
 
-    def note(self, parameter: nn.Parameter) -> None:
-        """A module registers *parameter*."""
+    def note(self, parameter: nn.Parameter) -> bool:
+        """A module registers *parameter*. Returns whether it was pending."""
         self.parameters[id(parameter)] = parameter
-        if self.log.born and storage_address(parameter) in self.log.born:
-            with torch._C.DisableTorchFunction():
-                self._empty(parameter)
+        if storage_address(parameter) in self.log.storages:
+            return True
+        with torch._C.DisableTorchFunction():
+            self._empty(parameter)
+        return False
 
     def _empty(self, parameter: nn.Parameter) -> None:
         """Take the storage of a real *parameter* whose data this block made."""
-        if parameter.is_meta or storage_address(parameter) not in self.log.born or _has_own_rules(parameter):
+        if _has_own_rules(parameter) or parameter.untyped_storage() not in self.log.made:
             return
-        with contextlib.suppress(
-            PendingValueError
-        ):  # C++ code holds it; it stays real, which costs memory only
+        with contextlib.suppress(PendingValueError):  # C++ code holds it; that costs memory only
             self.log.adopt(parameter)
-
-    def _place_parameters(self) -> None:
-        if self.device.type != "meta":
-            for parameter in self.parameters.values():
-                if self.log.device_of(parameter) is not None:
-                    become(parameter, self.log.value(parameter).to(self.device, copy=True))
 
 
 def _has_own_rules(parameter: Tensor) -> bool:
     own_dispatch = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own_dispatch or isinstance(parameter, UninitializedTensorMixin)
+    return own_dispatch or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter)
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     if _entered.get() is not None and parameter is not None:
         block = Block.current()
-        if block is not None:
-            block.note(parameter)
+        if block is not None and block.note(parameter) and name == "weight":
+            expect_reset(module, block.log)
 
 
 def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) -> None:
@@ -159,7 +146,7 @@ def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) 
         block = Block.current()
         if block is not None:
             with torch._C.DisableTorchFunction():
-                if block.log.device_of(buffer) is not None:
+                if block.log.find(buffer) is not None:
                     block.log.materialize(buffer)
 
 

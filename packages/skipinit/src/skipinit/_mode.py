@@ -5,6 +5,7 @@ keywords)`` in place of every torch function and tensor method that the current 
 it returns as the result. Inside that method the mode is off, so calling ``function`` there runs it plainly.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,37 +15,66 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ._calls import Calls
-from ._log import CPU, META, storage_address
-from ._vocabulary import DEFERRABLE_ARGUMENTS, KINDS, LIKE, PLAIN, Function, Kind
+from ._calls import PLAIN, Calls, with_index
+from ._pending import META, Function
 
 if TYPE_CHECKING:
     from ._block import Block
 
-METADATA, FACTORY, INITIALIZER, FILL, DEVICE = (
-    Kind.METADATA, Kind.FACTORY, Kind.INITIALIZER, Kind.FILL, Kind.DEVICE
-)  # fmt: skip
+
+def _present(owner: object, names: str) -> list[Function]:
+    """Those of *names* that *owner* has in the installed torch."""
+    return [getattr(owner, name) for name in names.split() if hasattr(owner, name)]
+
+
+def _slots(slot: str, names: str) -> list[Function]:
+    return [getattr(attribute, slot) for attribute in _present(Tensor, names)]
+
+
+#: what needs shape, dtype, flags or hooks only: a meta tensor answers truly
+METADATA = frozenset(
+    _slots(
+        "__get__",
+        "shape ndim dtype layout requires_grad is_leaf grad grad_fn retains_grad output_nr names nbytes"
+        " itemsize is_sparse is_sparse_csr is_quantized is_nested is_mkldnn _version _backward_hooks name"
+        " _post_accumulate_grad_hooks",
+    )
+    + _slots("__set__", "requires_grad grad _backward_hooks _post_accumulate_grad_hooks")
+    + _present(
+        Tensor,
+        "dim size numel nelement ndimension stride storage_offset is_contiguous is_floating_point is_complex"
+        " is_signed is_inference is_conj is_neg is_same_size element_size has_names __len__ __hash__ _is_view"
+        " requires_grad_ retain_grad register_hook register_post_accumulate_grad_hook",
+    )
+    + _present(
+        torch,
+        "numel is_floating_point is_complex is_same_size is_inference is_signed result_type"
+        " _has_compatible_shallow_copy_type",
+    )
+    + [torch._C._set_grad_enabled]
+)
+FACTORIES = frozenset(_present(torch, "empty zeros ones rand randn full"))
+#: functions that make a tensor shaped like a pending one, and the factory that they come down to
+LIKE: dict[Function, Function] = {
+    getattr(owner, spelling): factory
+    for factory in FACTORIES
+    for owner, spelling in ((torch, f"{factory.__name__}_like"), (Tensor, f"new_{factory.__name__}"))
+    if hasattr(owner, spelling)
+}
+LIKE[Tensor.new] = torch.empty  # if it is given sizes
+#: arguments of a factory that say nothing about what the storage would hold
+DEFERRABLE = frozenset({"size", "dtype", "device", "requires_grad", "memory_format", "fill_value"})
+#: what must be answered as a plain construction would
+DEVICE = frozenset([*_slots("__get__", "device is_meta is_cpu is_cuda"), Tensor.get_device])
 #: since torch 2.12 this initializer announces itself only by asking whether its tensor is on meta
 _TRUNC_NORMAL = getattr(nn.init, "_no_grad_trunc_normal_").__code__  # noqa: B009
-#: looked up 2,000 times for a large model, so by names of their own
-_EMPTY, _FULL, _DRAWN = torch.empty, torch.full, frozenset({torch.rand, torch.randn})
+_CPU, _EMPTY, _FULL, _DRAWN = torch.device("cpu"), torch.empty, torch.full, (torch.rand, torch.randn)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
 
-def _all_plain(arguments: Sequence[Any], keywords: dict[str, Any], target: Tensor) -> bool:
-    """Whether there is no tensor or generator but *target*: only then may a call be run later."""
-    for value in arguments:  # (generator expressions double the time)
-        if value is not target and type(value) not in PLAIN:
-            return False
-    for value in keywords.values():  # noqa: SIM110
-        if value is not target and type(value) not in PLAIN:
-            return False
-    return True
-
-
 class BlockMode(TorchFunctionMode):
-    """Answers for one block; see `_vocabulary` for the rules."""
+    """Answers for one block."""
 
     def __init__(self, block: "Block") -> None:
         super().__init__()
@@ -58,64 +88,46 @@ class BlockMode(TorchFunctionMode):
         arguments: Sequence[Any] = (),
         keywords: dict[str, Any] | None = None,
     ) -> Any:
-        kind = KINDS.get(function)
-        if kind is METADATA or not self.block.is_current():
+        if function in METADATA or not self.block.is_current():
             return function(*arguments, **keywords) if keywords else function(*arguments)
         keywords = keywords or {}
-        if kind is FACTORY:
+        made = None
+        if function in FACTORIES:
             made = self._make(function, arguments, keywords)
-            if made is not None:
-                return made
-        elif kind is INITIALIZER or kind is FILL:
-            target = arguments[0] if arguments else keywords["tensor"]
-            if self._may_be_noted(kind, function, target) and _all_plain(arguments, keywords, target):
-                self.log.writes.append((function, arguments, keywords, storage_address(target)))
-                return target
-        elif kind is DEVICE:
+        elif function in DEVICE:
             return self._device_question(function, arguments)
         elif function in LIKE:
             made = self._make_like(function, arguments, keywords)
-            if made is not None:
-                return made
-        return self.calls.answer(function, arguments, keywords, device=self._resolve(keywords.get("device")))
+        if made is not None:
+            return made
+        return self.calls.answer(function, arguments, keywords, self._resolve(keywords.get("device")))
 
     def _make(self, factory: Function, arguments: Sequence[Any], keywords: dict[str, Any]) -> Tensor | None:
         """A pending tensor; None if this call has to run plainly."""
-        if _dispatch_modes():  # a FakeTensorMode has no storage to save
+        options = {name: value for name, value in keywords.items() if value is not None}
+        if not options.keys() <= DEFERRABLE or _dispatch_modes():  # a FakeTensorMode has no storage to save
             return None
-        if not keywords.keys() <= DEFERRABLE_ARGUMENTS:
-            spoken = {
-                n: v
-                for n, v in keywords.items()
-                if v is not None and v is not False and v is not torch.strided
-            }
-            if not spoken.keys() <= DEFERRABLE_ARGUMENTS:
-                return None
-            keywords = spoken
-        device = self._resolve(keywords.get("device"))
+        device = self._resolve(options.get("device"))
         if device is META:
             return None
-        on_meta = {**keywords, "device": META}
+        options["device"] = META
         if factory is _FULL:
-            fill_value = keywords["fill_value"] if "fill_value" in keywords else arguments[1]
-            if type(fill_value) not in PLAIN:
+            value = options["fill_value"] if "fill_value" in options else arguments[1]
+            if type(value) not in PLAIN:
                 return None
-            tensor = _FULL(*arguments, **on_meta)
+            tensor = _FULL(*arguments, **options)
+            factory = functools.partial(_FULL, fill_value=value)
         else:
-            tensor = _EMPTY(*arguments, **on_meta)
-        if not tensor.numel():
+            tensor = _EMPTY(*arguments, **options)
+        length = tensor.numel()
+        if not length:
             return None
         if factory in _DRAWN:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 return None  # it raises
             if self.log.streams.seeded_inside():
                 return None
-        if factory is _FULL:
-            self.log.births.append((tensor, _EMPTY, device))
-            self.log.write(Tensor.fill_, (tensor, fill_value), {}, [], device)
-        else:
-            self.log.births.append((tensor, factory, device))
-        return tensor
+        return self.log.add(tensor, factory, length, device)
 
     def _make_like(
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any]
@@ -124,12 +136,12 @@ class BlockMode(TorchFunctionMode):
         if not arguments or not isinstance(arguments[0], Tensor):
             return None
         model, *rest = arguments
-        device = self.log.device_of(model)
-        if device is None or not model.is_contiguous():
+        storage = self.log.find(model)
+        if storage is None or not model.is_contiguous():
             return None
         if function is Tensor.new and not (rest and all(type(size) is int for size in rest)):
             return None  # made from data
-        keywords = {"dtype": model.dtype, "device": device, **keywords}
+        keywords = {"dtype": model.dtype, "device": storage.device, **keywords}
         keywords.pop("memory_format", None)
         size = [model.size()] if function.__name__.endswith("_like") else []
         return self._make(LIKE[function], (*size, *rest), keywords)
@@ -138,42 +150,29 @@ class BlockMode(TorchFunctionMode):
         """The device that a factory called with ``device=device`` uses."""
         if device is None:
             if not _function_modes():
-                return CPU
+                return _CPU
             modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
             contexts = [mode for mode in modes if isinstance(mode, DeviceContext)]
-            device = contexts[-1].device if contexts else CPU
-        device = torch.device(device)
-        if device.type == "cpu":
-            return CPU
-        # A missing device raises here, as in a plain construction; an accelerator gets its index.
-        return META if device.type == "meta" else torch.empty(0, device=device).device
-
-    def _may_be_noted(self, kind: Kind, function: Function, target: Any) -> bool:
-        if (
-            type(target) is not nn.Parameter
-            or not target.is_meta
-            or (self.log.values and self.log.has_value(target))
-        ):
-            return False
-        if kind is FILL:  # a leaf's own methods raise in a plain construction, unless under no_grad
-            return not (target.requires_grad and torch.is_grad_enabled())
-        return target.dim() > 1 or "_uniform_" not in function.__name__  # xavier and kaiming raise
+            device = contexts[-1].device if contexts else _CPU
+        device = with_index(torch.device(device))
+        return META if device == META else device
 
     def _device_question(self, function: Function, arguments: Sequence[Any]) -> Any:
         tensor = arguments[0]
-        device = self.log.device_of(tensor)
-        if device is None:
+        storage = self.log.find(tensor)
+        if storage is None:
             return function(*arguments)
         if function == Tensor.get_device:
-            return -1 if device.type == "cpu" else device.index
+            return -1 if storage.device == _CPU else storage.device.index
         question = function.__self__.__name__  # type: ignore[attr-defined]
         if question == "device":
-            return device
+            return storage.device
         caller = sys._getframe(2)
-        if question == "is_meta" and caller.f_code is _TRUNC_NORMAL and not self.log.has_value(tensor):
+        if question == "is_meta" and caller.f_code is _TRUNC_NORMAL and storage.value is None:
             call = caller.f_locals
             if call.get("generator") is None:
                 bounds = (call["mean"], call["std"], call["a"], call["b"])
-                self.log.write(nn.init.trunc_normal_, (tensor, *bounds), {}, [], device)
+                frozen = self.log.freeze((tensor, *bounds), {})
+                self.log.write([storage], nn.init.trunc_normal_, *frozen)
                 return True
-        return question == f"is_{device.type}"
+        return question == f"is_{storage.device.type}"

@@ -1,11 +1,27 @@
 """Random numbers for a block, so that the process's generators stay where they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ._vocabulary import RANDOM_WITH_GENERATOR, Function
+
+def names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+#: the functions that draw; some take a ``generator``, which depends on the version of torch
+RANDOM = names(
+    "rand randn randint randperm normal bernoulli multinomial poisson binomial rand_like randn_like"
+    " randint_like dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
+    " feature_dropout native_dropout rrelu rrelu_ gumbel_softmax uniform_ normal_ random_ exponential_"
+    " geometric_ log_normal_ cauchy_ bernoulli_ trunc_normal_ orthogonal_ sparse_ kaiming_uniform_"
+    " kaiming_normal_ xavier_uniform_ xavier_normal_ reset_linear"
+)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", "")
 
 
 class Streams:
@@ -20,19 +36,24 @@ class Streams:
         return torch.initial_seed() != self._seed
 
     def call(
-        self, function: Function, arguments: Sequence[Any], keywords: Mapping[str, Any], device: torch.device
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        device: torch.device,
     ) -> Any:
-        """Call *function*, which draws random numbers on *device*."""
-        if keywords.get("generator") is not None:
+        """Call *function*; what it draws on *device* does not come from the global generator."""
+        if name_of(function) not in RANDOM or keywords.get("generator") is not None or device.type == "meta":
             return function(*arguments, **keywords)
         generator = self._generator(device)
-        if function.__name__ in RANDOM_WITH_GENERATOR:
+        try:
             return function(*arguments, **{**keywords, "generator": generator})
+        except TypeError:  # it takes no generator
+            pass
         if device.type != "cpu":
             with torch.random.fork_rng(device_type=device.type):
                 return function(*arguments, **keywords)
-        # This one knows the global generator only, so that is moved and put back. A thread that draws
-        # meanwhile draws from this stream.
+        # The global generator is moved and put back. A thread that draws meanwhile draws from this stream.
         before = torch.default_generator.get_state()
         try:
             torch.default_generator.set_state(generator.get_state())

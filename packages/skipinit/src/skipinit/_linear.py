@@ -1,0 +1,48 @@
+"""`nn.Linear` initializes itself with six torch functions, each of which the mode is told of; here with none.
+
+Most parameters of a large model belong to linear layers, and being told costs more than what is done about
+it. Between the registration of its weight and its own call of ``reset_parameters``, the constructor of
+`nn.Linear` runs no code of others. For that time the new layer gets a ``reset_parameters`` of its own, which
+removes itself when it is called, and puts the initialization off as one call. No class is touched.
+"""
+
+import functools
+import sys
+import types
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._pending import Log, storage_address
+
+_CONSTRUCTOR = nn.Linear.__init__.__code__
+_RESET = nn.Linear.reset_parameters
+_INITIALIZERS = nn.init.kaiming_uniform_, nn.init.uniform_
+
+
+def expect_reset(module: Any, log: Log) -> None:
+    """Prepare the *module* whose weight is being registered; called by the hook for registrations."""
+    # frames: 0 this, 1 the hook, 2 register_parameter, 3 __setattr__, 4 whose statement registers it
+    if sys._getframe(4).f_code is _CONSTRUCTOR and type(module).reset_parameters is _RESET:
+        module.__dict__["reset_parameters"] = functools.partial(_put_reset_off, module, log)
+
+
+def _put_reset_off(module: nn.Linear, log: Log) -> None:
+    del module.__dict__["reset_parameters"]
+    storages = []
+    for parameter in (module._parameters["weight"], module._parameters["bias"]):
+        if type(parameter) is nn.Parameter:
+            storages.append(log.storages.get(storage_address(parameter)))
+        elif parameter is not None:
+            storages.append(None)
+    pending = [storage for storage in storages if storage is not None]
+    initializers = nn.init.kaiming_uniform_, nn.init.uniform_  # some libraries replace them
+    if len(pending) == len(storages) and initializers == _INITIALIZERS:
+        log.write(pending, reset_linear, (module.in_features, *pending), {})
+    else:
+        module.reset_parameters()
+
+
+def reset_linear(in_features: int, weight: Tensor, bias: Tensor | None = None) -> None:
+    """What ``nn.Linear.reset_parameters`` does, for the flat storages of a layer."""
+    _RESET(types.SimpleNamespace(weight=weight.view(-1, in_features), bias=bias))  # type: ignore[arg-type]
