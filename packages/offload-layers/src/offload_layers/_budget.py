@@ -105,7 +105,7 @@ class Budget:
         self._abandoned: deque[int] = deque()
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._largest: tuple[int, int] = (0, 0)  # for this many borrowers, the largest computation_nbytes
-        self._lent = self._peak = self._refusals = 0
+        self._lent = self._staying = self._peak = self._refusals = 0
 
     @property
     def _memory(self) -> Memory:
@@ -122,9 +122,9 @@ class Budget:
         with self._lock:
             self._collect()
             if limit is not None:
-                wanted = nbytes + self._headroom()
                 # the driver is asked last: it is slow, and our own books refuse most requests
-                if self._lent + wanted > limit or self._in_use() + wanted > limit:
+                stay = self._staying + nbytes + max(self._headroom(), self._lent - self._staying)
+                if stay > limit or stay + self._foreign() > limit:
                     self._refusals += 1
                     return None
             return self._lend(borrower, nbytes, is_resident=True)
@@ -136,9 +136,12 @@ class Budget:
             entry = self._entries[lease._key]
             if entry.is_resident:
                 return True
-            if limit is not None and max(self._lent, self._in_use()) + self._headroom() > limit:
-                return False
+            if limit is not None:
+                stay = self._staying + entry.nbytes + self._headroom()
+                if stay > limit or stay + self._foreign() > limit:
+                    return False
             self._entries[lease._key] = dataclasses.replace(entry, is_resident=True)
+            self._staying += entry.nbytes
             return True
 
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
@@ -152,21 +155,21 @@ class Budget:
         """Lend *nbytes* for a layer that will compute soon, or return None when they do not fit now."""
         with self._lock:
             self._collect()
-            if limit is not None and max(self._lent, self._in_use()) + nbytes > limit:
+            if limit is not None and self._lent + self._foreign() + nbytes > limit:
                 return None
             return self._lend(borrower, nbytes, is_resident=False)
 
     def room(self, borrowers: Iterable[Borrower], *, limit: int) -> int:
-        """Return the bytes in which *borrowers* may stay, if all that they hold were given back first."""
+        """Return the bytes in which *borrowers* may stay, all together."""
         with self._lock:
             self._collect()
             theirs = {id(borrower) for borrower in borrowers}
-            held = sum(
+            others = sum(
                 entry.nbytes
                 for entry in self._entries.values()
-                if entry.is_resident and id(entry.borrower()) in theirs
+                if entry.is_resident and id(entry.borrower()) not in theirs
             )
-            return max(0, limit - self._headroom() - max(self._lent, self._in_use()) + held)
+            return max(0, limit - self._headroom() - self._foreign() - others)
 
     def demote_all(self) -> int:
         """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""
@@ -224,20 +227,27 @@ class Budget:
             self._largest = (len(self._borrowers), max(b.computation_nbytes for b in self._borrowers))
         return IN_FLIGHT * self._largest[1]
 
-    def _in_use(self) -> int:
+    def _foreign(self) -> int:
+        """Return the bytes of the device that are taken, but not by what this budget has lent."""
         in_use = self._memory.in_use()
-        return self._lent if in_use is None else in_use
+        return 0 if in_use is None else max(0, in_use - self._lent)
 
     def _lend(self, borrower: Borrower, nbytes: int, *, is_resident: bool) -> Lease:
         key = next(self._keys)
         self._entries[key] = _Entry(weakref.ref(borrower), nbytes, is_resident)
         self._lent += nbytes
+        self._staying += nbytes if is_resident else 0
         self._peak = max(self._peak, self._lent)
         return Lease(self, key, nbytes)
 
     def _take_back(self, key: int) -> None:
         with self._lock:
-            self._lent -= self._entries.pop(key).nbytes
+            self._strike_out(key)
+
+    def _strike_out(self, key: int) -> None:
+        entry = self._entries.pop(key)
+        self._lent -= entry.nbytes
+        self._staying -= entry.nbytes if entry.is_resident else 0
 
     def _residents(self) -> list[Borrower]:
         """Those that could leave, the longest resident first."""
@@ -248,7 +258,7 @@ class Budget:
     def _collect(self) -> None:
         """Strike out the loans of borrowers that are garbage."""
         while self._abandoned:
-            self._lent -= self._entries.pop(self._abandoned.popleft()).nbytes
+            self._strike_out(self._abandoned.popleft())
 
 
 _BUDGETS: dict[torch.device, Budget] = {}

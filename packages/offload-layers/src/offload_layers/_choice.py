@@ -11,6 +11,7 @@ more than fetching deeper ahead (sglang issue 31538: 36.7 s against 56.1 s).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_ENDLESS = 1e30
 _STEPS = 30  # of the binary search; 2**-30 of the range is exact enough
 
 
@@ -37,12 +38,15 @@ def choose_residents(demands: Sequence[Demand], *, room: int, window: int) -> fr
     """
     if sum(demand.nbytes for demand in demands) <= room:
         return frozenset(range(len(demands)))
+    window = max(window, *(demand.nbytes for demand in demands))  # any layer must pass
     work = sum(demand.work for demand in demands)
     if work <= 0:
         demands = [Demand(demand.nbytes, float(demand.nbytes)) for demand in demands]
         work = float(sum(demand.nbytes for demand in demands)) or 1.0
     low, high = 0.0, 2.0 * sum(demand.nbytes for demand in demands) / work
-    while _bytes_of(demands, _needed(demands, high, window)) > room and high < 1e300:
+    while _bytes_of(demands, _needed(demands, high, window)) > room:
+        if high > _ENDLESS:  # layers without any work in a row, more than fit
+            return _fill(demands, set(), room)
         high *= 2
     for _ in range(_STEPS):
         pace = (low + high) / 2

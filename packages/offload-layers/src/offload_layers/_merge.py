@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._placement import Placement
 from offload_layers._residency import Residency
-from offload_layers._source import ReadsAhead, Source
+from offload_layers._source import Source, offered
 from offload_layers._transfer import convert, parameter_like
 from offload_layers._weight import Weight
 
@@ -53,8 +53,14 @@ class MergedSource(Mapping[str, Tensor]):
         self._name = name
         self._adapters = adapters
         self._dtype = dtype  # for weights stored in eight bits, which are not rounded to them again
-        if isinstance(plain, ReadsAhead):
-            self.prefetch = plain.prefetch
+        if offered(plain, "prefetch") is not None:
+            self.prefetch = plain.prefetch  # type: ignore[attr-defined]
+
+    def with_threads(self, threads: int) -> "MergedSource":
+        """Return the same source, reading with *threads* threads if it can be told so."""
+        with_threads = offered(self.plain, "with_threads")
+        plain = self.plain if with_threads is None else with_threads(threads)
+        return MergedSource(plain, self._name, self._adapters, self._dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.plain[name]

@@ -64,15 +64,13 @@ class Residency:
         self.weights = weights
         self.buffers = buffers
         self.policy = policy
+        self.schedule = schedule
         self.source = source
         self.limit = limit
         self.resident = False
         self.is_open = False
         self._budget = budget
-        self.schedule = schedule
         self._lock = threading.RLock()
-        self._reader_source = source if schedule is None else schedule.source_for_reader(source)
-        self._ask_ahead = offered(self._reader_source, "prefetch")
         self._users = 0
         self._staged: StagedCopy | None = None
         self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
@@ -88,6 +86,17 @@ class Residency:
     def state(self) -> State:
         """Where the weights rest."""
         return _STATE[self._tiers.height]
+
+    @property
+    def source(self) -> Source | None:
+        """Where weights on disk are read from."""
+        return self._source
+
+    @source.setter
+    def source(self, source: Source | None) -> None:
+        self._source = source
+        self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
+        self._ask_ahead = offered(self._reader_source, "prefetch")
 
     @property
     def budget(self) -> Budget:
@@ -141,7 +150,8 @@ class Residency:
             return False
         try:
             if any(weight.is_gone for weight in self.weights):
-                self._tiers.abandon()  # the model is garbage that was not collected yet
+                self._drop_kept()  # the model is garbage that was not collected yet
+                self._tiers.abandon()
                 return True
             if self._users:
                 return False
@@ -287,11 +297,7 @@ class Residency:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
         if self._ask_ahead is not None:
             self._ask_ahead([w.name for w in self.weights if w.registered.is_meta])
-        device, placement, source = self._device, self.policy.computation, self._reader_source
-        with device.aside():
-            return [
-                w.computable(placement, source, differentiable=False) for w in self.weights
-            ], device.mark()
+        return self._fetch_aside(self._reader_source)
 
     def hold_beside(self, nbytes: int) -> None:
         """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
@@ -465,8 +471,10 @@ class Residency:
         fetched = None if differentiable else self._take_fetched()
         if fetched is None:
             fetched = self._fetch_now(None if before is None else before.lease, differentiable)
-        else:
+        if fetched.ready is not None:
             self._device.wait(fetched.ready)
+        if before is not None:  # its memory is about to be free
+            self._device.finished()
         self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
 
     def _take_fetched(self) -> Fetched | None:
@@ -479,21 +487,30 @@ class Residency:
         return self.schedule.take(self) if self.schedule is not None else None
 
     def _fetch_now(self, lease: Lease | None, differentiable: bool) -> Fetched:
-        """Make copies in the computation's own queue, paid for by *lease* if there is one already."""
+        """Make copies for the computation to come, paid for by *lease* if there is one already."""
         nbytes = self._new_nbytes(self.policy.computation)
         borrowed = lease or self.budget.borrow(self, nbytes, limit=self.limit)
         made_from = self.at_rest()
+
+        def fetch() -> tuple[list[Tensor], Mark]:
+            if not differentiable:
+                return self._fetch_aside(self.source)
+            return [self._computable(weight, differentiable=True) for weight in self.weights], None
+
         try:
-            tensors = self.budget.retrying(
-                lambda: [self._computable(weight, differentiable=differentiable) for weight in self.weights],
-                layer=self.name,
-                doing="bringing the weights of",
-            )
+            tensors, ready = self.budget.retrying(fetch, layer=self.name, doing="bringing the weights of")
         except BaseException:
             if lease is None:
                 borrowed.give_back()
             raise
-        return Fetched(tensors, borrowed, made_from)
+        return Fetched(tensors, borrowed, made_from, ready)
+
+    def _fetch_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
+        """Copy in the device's second queue: also the computation's own thread is ahead of the device."""
+        device, placement = self._device, self.policy.computation
+        with device.aside():
+            tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
+            return tensors, device.mark()
 
     def _drop_kept(self) -> None:
         kept, self._kept = self._kept, None

@@ -19,11 +19,10 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
 
     Differentiable, as ``Tensor.to`` is.
     """
-    if tensor.device != placement.device:  # still in the stored dtype
-        if tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled()):
-            tensor = device_of(placement.device).upload(tensor)
-        else:
-            tensor = tensor.to(placement.device)
+    if tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled()):
+        tensor = device_of(placement.device).upload(tensor)  # still in the stored dtype
+    elif tensor.device != placement.device:
+        tensor = tensor.to(placement.device)
     dtype = placement.dtype_for(tensor.dtype)
     if is_fast(tensor, dtype):
         return upcast(tensor, dtype)

@@ -3,13 +3,18 @@
 Nothing here is needed to use the layers.
 """
 
+import dataclasses
+import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget
-from offload_layers._device import OutOfMemory
+from offload_layers._device import OutOfMemory, replaced
 from offload_layers._layers import AutoTorchModule
 from offload_layers._residency import Residency
 
@@ -63,6 +68,123 @@ class FakeMemory:
     def release_cached(self) -> None:
         """Count the call."""
         self.released += 1
+
+
+class _Block(bytearray):
+    """Memory of a ``FakeDevice``, which can be seen to go."""
+
+
+@dataclasses.dataclass
+class _FakeMark:
+    time_s: float
+    copies: int  # how many were told to the second queue before
+
+
+class FakeDevice:
+    """A device beside the host: memory of some size, a bus of some speed, two queues, and a clock of its own.
+
+    It takes the place of the CPU inside ``with device.installed():``. Time is only counted, never spent. A
+    tensor that is copied aside holds NaN until the computation waits for it, so that a missing wait is seen.
+
+    Args:
+        nbytes: Size of its memory; None: no end.
+        bytes_per_s: Speed of its bus.
+
+    Attributes:
+        used_nbytes, peak_nbytes: Of its memory, now and at most.
+        copied_nbytes: Bytes that have crossed the bus.
+    """
+
+    def __init__(self, *, nbytes: int | None = None, bytes_per_s: float = 1e9) -> None:
+        self.nbytes = nbytes
+        self.bytes_per_s = bytes_per_s
+        self.used_nbytes = self.peak_nbytes = self.copied_nbytes = 0
+        self._computing_s = self._copying_s = 0.0
+        self._copies: deque[tuple[Tensor, Tensor]] = deque()
+        self._copies_begun = self._copies_done = 0
+        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @contextmanager
+    def installed(self) -> Iterator["FakeDevice"]:
+        """Let this be the device ``cpu`` in the block."""
+        with replaced(torch.device("cpu"), self):
+            yield self
+
+    def compute(self, seconds: float) -> None:
+        """Tell the device to compute for so long; returns at once."""
+        with self._lock:
+            self._computing_s += seconds
+
+    @property
+    def elapsed_s(self) -> float:
+        """When the computation will be done with what it was told."""
+        return self._computing_s
+
+    def in_use(self) -> int:
+        """Return ``used_nbytes``."""
+        return self.used_nbytes
+
+    def release_cached(self) -> None:
+        """Do nothing: what is dropped is free at once."""
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Copy in the current queue."""
+        with self._lock:
+            if self.nbytes is not None and self.used_nbytes + tensor.nbytes > self.nbytes:
+                raise OutOfMemory(f"{tensor.nbytes} bytes asked for, {self.nbytes - self.used_nbytes} free.")
+            block = _Block(max(1, tensor.nbytes))
+            self.used_nbytes += tensor.nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+            weakref.finalize(block, self._freed, tensor.nbytes)
+            there = torch.frombuffer(block, dtype=torch.uint8)[: tensor.nbytes].view(tensor.dtype)
+            there = there.view(tensor.shape)
+            self.copied_nbytes += tensor.nbytes
+            takes_s = tensor.nbytes / self.bytes_per_s
+            if getattr(self._local, "is_aside", False):
+                self._copying_s += takes_s
+                if there.is_floating_point():
+                    there.fill_(float("nan"))
+                self._copies.append((there, tensor.detach()))
+                self._copies_begun += 1
+            else:
+                self._computing_s += takes_s
+                there.copy_(tensor.detach())
+            return there
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let this thread use the second queue in the block."""
+        self._local.is_aside = True
+        try:
+            yield
+        finally:
+            self._local.is_aside = False
+
+    def mark(self) -> _FakeMark:
+        """Return the end of the current queue."""
+        with self._lock:
+            if not getattr(self._local, "is_aside", False):
+                return _FakeMark(self._computing_s, 0)
+            return _FakeMark(self._copying_s, self._copies_begun)
+
+    def wait(self, mark: _FakeMark) -> None:
+        """Let the computation go on after *mark*: then the copies before it are there."""
+        with self._lock:
+            self._computing_s = max(self._computing_s, mark.time_s)
+            while self._copies_done < mark.copies:
+                there, values = self._copies.popleft()
+                there.copy_(values)
+                self._copies_done += 1
+
+    def finished(self) -> None:
+        """Let the second queue go on after what the computation was told."""
+        with self._lock:
+            self._copying_s = max(self._copying_s, self._computing_s)
+
+    def _freed(self, nbytes: int) -> None:
+        with self._lock:
+            self.used_nbytes -= nbytes
 
 
 def residencies(model: nn.Module) -> list[Residency]:

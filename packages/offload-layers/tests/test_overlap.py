@@ -1,0 +1,168 @@
+"""Copies beside the computation, on a device whose clock is only counted."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import AutoWrappedModule, BudgetExceededError, State, enable_vram_management
+from offload_layers._placement import GIB
+from offload_layers.testing import CountingSource, FakeDevice, residencies
+from torch import Tensor, nn
+
+LAYERS = 12
+NBYTES = 4 * 1000
+COPY_S = 1.0
+RESTING = ("offload", "onload", "preparing")
+DISK: dict[str, Any] = {
+    **{f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")},
+    "computation_dtype": torch.float32,
+    "computation_device": "cpu",
+}
+PREPARING = DISK | {"preparing_dtype": torch.float32, "preparing_device": "cpu"}
+X = torch.ones(4, 1000)
+
+
+class Layer(nn.Module):
+    """Takes so many seconds of the device, and *also* bytes of its memory while it runs."""
+
+    def __init__(self, device: FakeDevice, seconds: float, also: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1000) + 0.5, requires_grad=False)
+        self.device, self.seconds, self.also = [device], seconds, also
+        self.before: list[Callable[[], None]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for settle in self.before:  # a reader that is slower than this process would make time differ
+            settle()
+        self.device[0].compute(self.seconds)
+        activations = self.device[0].upload(torch.zeros(self.also)) if self.also else x
+        return x * self.weight + activations.sum() * 0
+
+
+def plain(device: FakeDevice, seconds: list[float], also: int = 0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer(device, s, also) for s in seconds))
+
+
+def managed(
+    device: FakeDevice, seconds: list[float], config: dict[str, Any], limit: float | None, also: int = 0
+) -> Any:
+    model = plain(device, seconds, also)
+    source = CountingSource(model.state_dict())
+    enable_vram_management(model, {Layer: AutoWrappedModule}, config, limit, source)
+    for layer in model:
+        layer.before.append(layer._owner().schedule.prefetcher.settle)
+    return model
+
+
+def expected(seconds: list[float]) -> Tensor:
+    return plain(FakeDevice(), seconds)(X)  # type: ignore[no-any-return]
+
+
+def limit_for(device: FakeDevice, model: Any, nbytes: int) -> float:
+    """A limit in GiB which leaves *nbytes* to the model, whatever other models of this process hold."""
+    gc.collect()
+    lent = residencies(model)[0].budget.statistics().lent_nbytes
+    return float(lent + nbytes) / GIB
+
+
+@pytest.fixture
+def device() -> Iterator[FakeDevice]:
+    with FakeDevice(bytes_per_s=NBYTES / COPY_S).installed() as device:
+        yield device
+
+
+def seconds_of_a_forward(device: FakeDevice, model: Any) -> float:
+    before = device.elapsed_s
+    for _ in range(4):
+        assert torch.equal(model(X), expected([layer.seconds for layer in model]))
+    return (device.elapsed_s - before) / 4
+
+
+def test_copies_hide_behind_computation(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    model = managed(device, seconds, DISK, None)
+    model(X)
+    assert seconds_of_a_forward(device, model) < 1.15 * sum(seconds)  # one after the other: 2.0
+
+
+def test_where_the_bus_is_slower_it_alone_decides(device: FakeDevice) -> None:
+    model = managed(device, [COPY_S / 4] * LAYERS, DISK, None)
+    model(X)
+    assert seconds_of_a_forward(device, model) < 1.1 * LAYERS * COPY_S  # one after the other: 1.25
+
+
+def test_no_more_than_three_layers_are_on_the_device(device: FakeDevice) -> None:
+    model = managed(device, [COPY_S] * LAYERS, DISK, None)
+    for _ in range(4):
+        model(X)
+    assert device.peak_nbytes <= 3 * NBYTES
+
+
+def test_twenty_forwards_leave_nothing_behind(device: FakeDevice) -> None:
+    model = managed(device, [COPY_S] * LAYERS, DISK, None)
+    used = []
+    for _ in range(20):
+        model(X)
+        model[0]._owner().schedule.prefetcher.settle()
+        used.append(device.used_nbytes)
+    assert max(used) == min(used[1:]) <= 2 * NBYTES
+
+
+def test_residents_are_spread_over_the_forward(device: FakeDevice) -> None:
+    seconds = [COPY_S / 2] * LAYERS  # the bus can bring every second layer in time
+    model = managed(device, seconds, PREPARING, None)
+    limit = limit_for(device, model, (LAYERS // 2 + 2) * NBYTES)
+    for layer in model:
+        layer.vram_limit = limit
+    for _ in range(3):
+        model(X)
+    stays = [layer.state is State.PREPARING for layer in model]
+    assert sum(stays) == LAYERS // 2
+    runs = "".join("#" if stay else "." for stay in stays)
+    assert "..." not in runs + runs
+    assert seconds_of_a_forward(device, model) < 1.25 * sum(seconds)  # who came first stays: 1.5
+
+
+def test_the_limit_is_a_ceiling_for_the_weights(device: FakeDevice) -> None:
+    for layers in (3, 5, 9):
+        model = managed(device, [COPY_S] * LAYERS, PREPARING, None)
+        limit = limit_for(device, model, layers * NBYTES)
+        for layer in model:
+            layer.vram_limit = limit
+        device.peak_nbytes = device.used_nbytes
+        before = device.used_nbytes
+        for _ in range(4):
+            assert torch.equal(model(X), expected([COPY_S] * LAYERS))
+        assert device.peak_nbytes - before <= layers * NBYTES
+        del model
+
+
+def test_a_smaller_limit_is_obeyed_at_once(device: FakeDevice) -> None:
+    model = managed(device, [COPY_S] * LAYERS, PREPARING, None)
+    model(X)
+    assert all(layer.state is State.PREPARING for layer in model)
+    limit = limit_for(device, model, -8 * NBYTES)
+    for layer in model:
+        layer.vram_limit = limit
+    model[0].offload()
+    model(X)
+    assert device.used_nbytes <= (LAYERS - 8) * NBYTES
+
+
+def test_full_memory_makes_residents_leave() -> None:
+    seconds = [COPY_S] * LAYERS
+    with FakeDevice(nbytes=6 * NBYTES, bytes_per_s=NBYTES / COPY_S).installed() as device:
+        model = managed(device, seconds, PREPARING, None, also=500)
+        for _ in range(3):
+            assert torch.equal(model(X), expected(seconds))
+        assert device.peak_nbytes <= 6 * NBYTES
+
+
+def test_memory_that_is_too_small_for_one_layer() -> None:
+    with FakeDevice(nbytes=NBYTES - 1).installed() as device:
+        model = managed(device, [COPY_S], DISK, None)
+        with pytest.raises(BudgetExceededError, match=r'bringing the weights of layer "0".*4000 bytes asked'):
+            model(X)
