@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from safemap._blank import CACHE_LINE, Blank, aliases, skip_for
 from safemap._buffers import HUGE_PAGE, MIB, BufferPool, bytes_of, round_up
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's allocator is used")
@@ -112,3 +113,43 @@ def test_bytes_of() -> None:
 
 def test_round_up() -> None:
     assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+
+# ---------------------------------------------------------------------- where memory lies
+
+
+@pytest.mark.parametrize("offset", [0, 8, 63, 64, 4032, 4033, 4088, 4095])
+def test_memory_that_the_processor_copies_to_slowly_is_avoided(offset: int) -> None:
+    """Slow is a few bytes behind the source, modulo the page; so much further on it never is."""
+    assert aliases(0, offset) == (offset in (4033, 4088, 4095))
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.complex64):
+        skip = skip_for(dtype, offset)
+        assert not aliases(skip, offset)
+        assert skip % dtype.itemsize == 0
+        assert (skip - offset) % CACHE_LINE == 0 or skip % CACHE_LINE == 0
+
+
+def test_memory_may_begin_further_on() -> None:
+    pool = BufferPool()
+    view = pool.take(8 * MIB, skip=CACHE_LINE)
+    assert view is not None
+    tensor = torch.frombuffer(view, dtype=torch.uint8)
+    assert tensor.nbytes == 8 * MIB
+    assert tensor.data_ptr() % 4096 == CACHE_LINE
+    tensor.fill_(1)
+    del view, tensor
+    assert take(pool, 8 * MIB + CACHE_LINE).data_ptr() % 4096 == 0
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 7, 1), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64], ids=str)
+def test_a_blank_has_no_memory_and_makes_tensors_that_do(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    expected = torch.ones(shape, dtype=dtype)
+    blank = Blank(dtype, shape, expected.nbytes)
+    assert blank.template.untyped_storage().nbytes() == 0
+    made = torch.empty_like(blank.template)
+    memoryview(blank.at(made.data_ptr())).cast("B")[:] = bytes_of(expected)
+    assert torch.equal(made, expected)
+    assert (made.dtype, made.shape, made.stride()) == (dtype, expected.shape, expected.stride())
+    assert made.is_contiguous()
+    assert made.untyped_storage().nbytes() == expected.nbytes

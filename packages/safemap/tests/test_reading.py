@@ -1,12 +1,14 @@
 """Values: dtypes, destinations, parts, threads, memory."""
 
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safemap import ConverterError, DiskMap, MismatchError, UnsupportedTensorError, load_state_dict
+from safemap._buffers import bytes_of
 from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
 from safetensors.torch import save_file
@@ -361,3 +363,60 @@ def test_an_ambient_device_does_not_matter(tmp_path: Path, nbytes: int) -> None:
         assert torch.equal(disk_map.slice("t")[1:3, 1], tensors["t"][1:3, 1])
         half = DiskMap(tmp_path / "m.safetensors", torch_dtype=torch.float16)["t"]
         assert torch.equal(half, tensors["t"].half())
+
+
+@pytest.mark.parametrize("nbytes", [64, 6 << 10, 300 << 10, 3 << 20, 5 << 20, 10 << 20])
+@pytest.mark.parametrize(("code", "threads"), [("F32", 1), ("F32", 3), ("BF16", 1), ("BF16", 3)])
+def test_memory_is_aligned_wherever_the_file_has_its_bytes(
+    nbytes: int, code: str, threads: int, tmp_path: Path
+) -> None:
+    """Results of wide matrix products differ in the last bit with the alignment of their operands."""
+    names, dtype = ["a", "b"], TORCH_DTYPES[code]
+    size = nbytes // dtype.itemsize
+    for pad in (0, 8, 40, 64):  # before the end of a page
+        header = {
+            name: {"dtype": code, "shape": [size], "data_offsets": [i * nbytes, (i + 1) * nbytes]}
+            for i, name in enumerate(names)
+        }
+        text = json.dumps(header)
+        text += " " * ((4096 - 8 - pad - len(text)) % 4096)
+        data = torch.randint(0, 256, (len(names), nbytes), dtype=torch.uint8)
+        path = tmp_path / f"{pad}.safetensors"
+        path.write_bytes(safetensors_bytes(text, bytes(bytes_of(data))))
+        disk_map = DiskMap(path, threads=threads)
+        for name, expected in zip(names, data, strict=True):
+            found = disk_map[name]
+            apart = found.data_ptr() - disk_map.info(name).offset
+            assert found.data_ptr() % 64 == 0 or (dtype.itemsize == 2 and apart % 64 == 0)
+            assert_same(found, expected.view(dtype))
+        path.unlink()
+
+
+def test_a_map_that_was_read_from_can_be_pickled(path: str, tensors: dict[str, Tensor]) -> None:
+    """What layouts remember for the next read stays behind."""
+    import pickle
+
+    disk_map = DiskMap(path, state_dict_converter=lambda sd: {"a": sd["scale"], "b": sd["blocks.0.bias"] + 1})
+    before = dict(disk_map)
+    copy = pickle.loads(pickle.dumps(disk_map))
+    for name, tensor in before.items():
+        assert_same(copy[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_products_do_not_depend_on_alignment(dtype: torch.dtype) -> None:
+    """On this the choice of where large narrow tensors begin rests."""
+
+    def at(tensor: Tensor, offset: int) -> Tensor:
+        memory = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+        start = (offset - memory.data_ptr()) % 64
+        return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((257, 129), (512, 768), (1000, 1000)):
+        weight = torch.randn(rows, columns, generator=generator).to(dtype)
+        for batch in (1, 2, 5, 33):
+            x = torch.randn(batch, columns, generator=generator).to(dtype)
+            expected = torch.nn.functional.linear(x, at(weight, 0))
+            for offset in (8, 16, 40, 56):
+                assert torch.equal(torch.nn.functional.linear(x, at(weight, offset)), expected)

@@ -66,20 +66,22 @@ class BufferPool:
         """Bytes that the pool accounts for, lent and free."""
         return self._resident
 
-    def take(self, nbytes: int) -> memoryview | None:
+    def take(self, nbytes: int, skip: int = 0) -> memoryview | None:
         """Return *nbytes* of writable memory, or None where torch's own allocator must serve.
 
-        The memory is lent until the view, and with it every tensor made from it, is gone.
+        The memory is lent until the view, and with it every tensor made from it, is gone.  It begins *skip*
+        bytes after the start of a page.
         """
         if not _CAN_MAP:
             return None
+        nbytes += skip
         with self._lock:
             self._largest = max(self._largest, round_up(nbytes, HUGE_PAGE))
             self._collect()
             self._peak_nbytes = max(self._peak_nbytes, self._lent_nbytes + nbytes)
             buffer = self._reuse(nbytes) or self._map(nbytes)
             self._lent_nbytes += nbytes
-            view = memoryview(buffer.memory)[:nbytes]
+            view = memoryview(buffer.memory)[skip:nbytes]
             ref = weakref.ref(view, self._give_back)
             self._lent[id(ref)] = ref, buffer, nbytes
             return view
@@ -148,7 +150,8 @@ def round_up(nbytes: int, unit: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _array_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+def array_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """Return the type of *nbytes* bytes of memory."""
     return ctypes.c_char * nbytes  # making the type takes longer than reading 100 KB
 
 
@@ -162,5 +165,5 @@ def bytes_of(tensor: Tensor) -> memoryview:
         raise ValueError(
             f"expected a contiguous CPU tensor; got strides {tensor.stride()} on {tensor.device}"
         )
-    array = _array_type(tensor.numel() * tensor.element_size()).from_address(tensor.data_ptr())
+    array = array_type(tensor.numel() * tensor.element_size()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from safemap._blank import Blank
 from safemap._errors import UnsupportedTensorError
 
 if TYPE_CHECKING:
@@ -51,6 +52,13 @@ class Layout:
     shape: tuple[int, ...]
     nbytes: int
     stride: tuple[int, ...] | None = None
+    _blank: Blank | None = field(default=None, init=False, repr=False, compare=False)
+
+    def blank(self) -> Blank | None:
+        """Return what row-major tensors of this layout are made from, None for others; made once."""
+        if self._blank is None and self.dtype is not None and self.stride is None:
+            object.__setattr__(self, "_blank", Blank(self.dtype, self.shape, self.nbytes))
+        return self._blank
 
     def torch_dtype(self, name: str, path: str) -> torch.dtype:
         """Return the dtype, or raise an error that names the tensor."""

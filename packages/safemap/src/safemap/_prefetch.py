@@ -1,17 +1,13 @@
 """Bringing what will be read soon into the page cache, and into a mapping if there is one."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 
 from safemap._errors import SafemapError
 from safemap._layout import Entry
 from safemap._mapping import Mappings
 from safemap._parallel import in_background
-
-# Source: mm/readahead.c of Linux reads no more of one request than the read-ahead window of the device,
-# 128 KiB unless configured, and silently drops the rest
-_WINDOW = 128 << 10
+from safemap._readahead import CAN_ASK, ask_for
 
 
 def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings | None) -> None:
@@ -31,13 +27,10 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
             for entry in parts:
                 _advise(entry)
 
-    if hasattr(os, "posix_fadvise"):
+    if CAN_ASK:
         in_background(work)
 
 
 def _advise(entry: Entry) -> None:
     file, layout, offset = entry
-    descriptor = file.open()
-    for start in range(offset, offset + layout.nbytes, _WINDOW):
-        length = min(_WINDOW, offset + layout.nbytes - start)
-        os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
+    ask_for(file, offset, offset + layout.nbytes)

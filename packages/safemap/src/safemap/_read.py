@@ -1,9 +1,8 @@
 """From a place in a file to a tensor: memory, threads, conversion and device in one pass.
 
-Note [Small tensors]
-    Up to ``SMALL`` bytes the cost is that of the calls, not of the bytes.  Such a tensor lies in a
-    ``bytearray``, is read by one system call in the calling thread, and checked by another (Note [Changed
-    files] in ``_file``).
+Note [One call]
+    For a tensor up to ``DIRECT`` bytes the cost is that of the calls more than of the bytes.  It is read by
+    one system call in the calling thread, and checked by another (Note [Changed files] in ``_file``).
 """
 
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safemap._blank import skip_for
 from safemap._buffers import MIB, BufferPool, bytes_of
 from safemap._cast import check_cast, read_cast
 from safemap._errors import MismatchError, UnsupportedTensorError
@@ -20,15 +20,20 @@ from safemap._file import File
 from safemap._layout import Entry, Layout
 from safemap._mapping import Mappings
 from safemap._parallel import for_each
+from safemap._readahead import ReadAhead
 from safemap._slice import Cuts, read_ranges
 
-SMALL = 256 << 10
+DIRECT = 2 * MIB
 # from here on memory comes from the pool: malloc would also lend touched memory again, up to 32 MiB, but in a
 # heap that small tensors fragment (measured: 120 MB more after a sweep)
 POOLED = 4 * MIB
-CHUNK = 8 * MIB  # what one thread reads at a time
+CHUNK = 8 * MIB  # what one thread reads at a time, at most
+_LEAST_CHUNK = 1 * MIB  # and at least: handing over takes as long as reading 100 KB
+_ASK = 512 << 10  # bytes; the kernel reads ahead that much without being asked
+_SMALL = 32 << 10  # bytes; below that Note [Aliasing] costs less than looking
 _preadv = getattr(os, "preadv", None)
 _fstat = os.fstat
+_empty_like = torch.empty_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +60,33 @@ class Reader:
         self.pool = pool
         self.threads = threads
         self.mappings = None if mapped_elements is None else Mappings(mapped_elements)
+        self._ahead = ReadAhead()
         self._is_plain = target.is_plain and self.mappings is None
-        self._small = SMALL if self._is_plain and _preadv is not None else -1
+        self._direct = DIRECT if self._is_plain and _preadv is not None else -1
 
     def read(self, name: str, entry: Entry) -> Tensor:
         """Return the tensor in new memory, in the dtype and on the device of the target."""
         file, layout, offset = entry
         nbytes = layout.nbytes
-        if 0 < nbytes <= self._small and layout.dtype is not None:  # Note [Small tensors]
-            memory = bytearray(nbytes)
-            descriptor = file.descriptor or file.open()
-            descriptor.recently_used = True
-            if _preadv(descriptor.fd, (memory,), offset) != nbytes:  # type: ignore[misc]
-                file.read_into(memoryview(memory), offset)
-            status = _fstat(descriptor.fd)
-            if status.st_mtime_ns != file.mtime_ns or status.st_size != file.nbytes:
-                file.check_unchanged(descriptor)
-            tensor = torch.frombuffer(memory, dtype=layout.dtype)
-            if layout.stride is not None:
-                return _with_strides(tensor, layout)
-            shape = layout.shape
-            return tensor if len(shape) == 1 else tensor.view(shape)
-        if self._is_plain and nbytes and layout.stride is None and layout.dtype is not None:
-            tensor, view = self._allocate(layout.dtype, layout.shape, nbytes)
+        if 0 < nbytes <= self._direct:  # Note [One call]
+            blank = layout._blank or layout.blank()
+            if blank is not None:
+                tensor = _empty_like(blank.template)
+                if nbytes > _SMALL:
+                    tensor = blank.elsewhere(tensor, offset)
+                    if nbytes >= _ASK:
+                        self._ahead.before(file, offset, nbytes)
+                descriptor = file.descriptor or file.open()
+                descriptor.recently_used = True
+                fd = descriptor.fd
+                if _preadv(fd, (blank.at(tensor.data_ptr()),), offset) != nbytes:  # type: ignore[misc]
+                    file.read_into(bytes_of(tensor), offset)
+                status = _fstat(fd)
+                if status.st_mtime_ns != file.mtime_ns or status.st_size != file.nbytes:
+                    file.check_unchanged(descriptor)
+                return tensor
+        elif self._is_plain and nbytes and layout.stride is None and layout.dtype is not None:
+            tensor, view = self._allocate(layout.dtype, layout.shape, nbytes, offset)
             self._read_bytes(file, offset, view)
             return tensor
         return self._read_any(name, entry)
@@ -179,10 +188,12 @@ class Reader:
         self._fill(file, offset, stored, out)
         return out
 
-    def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> tuple[Tensor, memoryview]:
-        """Return an uninitialized tensor, not empty, and its bytes."""
+    def _allocate(
+        self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, offset: int = 0
+    ) -> tuple[Tensor, memoryview]:
+        """Return an uninitialized tensor, not empty, to be read from *offset*, and its bytes."""
         if nbytes >= POOLED:
-            view = self.pool.take(nbytes)
+            view = self.pool.take(nbytes, skip=skip_for(dtype, offset))
             if view is not None:
                 return torch.frombuffer(view, dtype=dtype).view(shape), view
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
@@ -191,20 +202,24 @@ class Reader:
     def _fill(self, file: File, offset: int, stored: torch.dtype, out: Tensor) -> None:
         """Read into a contiguous CPU tensor, converting from the dtype *stored*."""
         if out.dtype != stored:
+            self._ahead.before(file, offset, out.numel() * stored.itemsize)
             read_cast(file, offset, stored, out.view(-1), self.threads)
         elif out.numel():
             self._read_bytes(file, offset, bytes_of(out))
 
     def _read_bytes(self, file: File, offset: int, view: memoryview) -> None:
         """Fill *view*, in pieces spread over the threads if it is long."""
-        if self.threads == 1 or len(view) <= CHUNK:
+        if len(view) >= _ASK:
+            self._ahead.before(file, offset, len(view))
+        if self.threads == 1 or len(view) <= POOLED:
             file.read_into(view, offset)
             return
+        step = min(CHUNK, max(_LEAST_CHUNK, len(view) // (4 * self.threads)))
 
         def read_piece(start: int) -> None:
-            file.read_into(view[start : start + CHUNK], offset + start)
+            file.read_into(view[start : start + step], offset + start)
 
-        for_each(read_piece, range(0, len(view), CHUNK), self.threads)
+        for_each(read_piece, range(0, len(view), step), self.threads)
 
 
 def _with_strides(elements: Tensor, layout: Layout) -> Tensor:
