@@ -20,6 +20,7 @@ PACKAGES = ["skipinit", "safemap", "offload-layers", "diffsynth-core-vram"]  # i
 PROJECTS = {p: nox.project.load_toml(ROOT / "packages" / p / "pyproject.toml")["project"] for p in PACKAGES}
 DEVICES = [nox.param(d, id=d, tags=[d]) for d in ("cpu", "cuda")]
 DIFFSYNTH = "diffsynth==2.1.12"  # the real DiffSynth-Studio; some of its dependencies have no CPU build
+QUANTIZERS = ["bitsandbytes==0.50.2", "torchao==0.18.0"]  # those of its backends that compute on a CPU
 NO_TEST_FOR_THIS_DEVICE = 5  # pytest's exit code when nothing was selected
 
 
@@ -101,7 +102,7 @@ def integration(session: nox.Session) -> None:
 def diffsynth(session: nox.Session) -> None:
     """Test with the real DiffSynth-Studio; two dependencies without a CPU build have stand-ins."""
     install(session, ["integration", "studio"], PACKAGES)
-    session.install("--no-deps", DIFFSYNTH)
+    session.install("--no-deps", DIFFSYNTH, *QUANTIZERS)
     files = ["test_converters_diffsynth.py", "test_converters_layouts.py", "test_skipinit_real_models.py"]
     python(session, "-m", "pytest", *(f"integration-tests/{file}" for file in files), *session.posargs)
     python(session, "-m", "pytest", "integration-tests/studio", *session.posargs)

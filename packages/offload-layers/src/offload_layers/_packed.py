@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_layers._changes import WatchedParameter
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement, Policy
 from offload_layers._source import Source, offered
@@ -38,6 +39,10 @@ class PackedWeight(Weight):
     def computable(self, placement: Placement, source: Source | None, *, differentiable: bool) -> Tensor:
         """Return the weight on the placement's device; no gradients flow to it."""
         return self.copy_to(placement, source)
+
+    def keeps_change_of(self, copy: Tensor) -> bool:
+        """Say no for tensors of a class of their own: libraries lay them out anew when they compute."""
+        return type(copy) in (Tensor, nn.Parameter, WatchedParameter)
 
     def read(self, source: Source | None) -> Tensor:
         """Return what the source gives, whose shape is no other tensor's business."""

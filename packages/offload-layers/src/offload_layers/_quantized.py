@@ -8,8 +8,8 @@ Which layers are quantized, and how they are made from a checkpoint, is told by 
 ``unflatten_state_dict(tensors, metadata)``
     The layer's tensors from those of a checkpoint. Without it they are those of the checkpoint.
 ``build_quantized_shell(module, dtype, layer_name=name)``
-    An empty layer that takes such tensors by ``load_state_dict(assign=True)``. Without it, or where the
-    layer is empty itself, a copy of the layer on meta does.
+    An empty layer that takes such tensors by ``load_state_dict(assign=True)``. Without it, a copy of the
+    layer on meta does.
 """
 
 import copy
@@ -125,8 +125,7 @@ def is_quantized(module: nn.Module, quantize: Any) -> bool:
 
 def _shell_of(module: nn.Linear, quantize: Any, dtype: torch.dtype | None, name: str) -> nn.Module:
     build = getattr(quantize, "build_quantized_shell", None)
-    tensors = [*module.parameters(), *module.buffers()]
-    if build is None or all(tensor.is_meta for tensor in tensors):
+    if build is None:
         return copy.deepcopy(module).to("meta")
     shell = build(module, dtype, layer_name=name)
     if not isinstance(shell, nn.Module):

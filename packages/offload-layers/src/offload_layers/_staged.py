@@ -49,8 +49,8 @@ class StagedCopy:
         changed = []
         for weight, made_as in zip(weights, self._made_as, strict=True):
             staged = weight.held
-            if staged is weight.registered:  # the layer has become resident meanwhile
-                continue
+            if staged is weight.registered or not weight.keeps_change_of(staged):
+                continue  # the first: the layer has become resident meanwhile
             differs = fingerprint(staged) != made_as
             if not differs and data_was_taken(staged):
                 again = fresh(weight)

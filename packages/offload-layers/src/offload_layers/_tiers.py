@@ -89,8 +89,9 @@ class TierStack:
         """Return a weight's values at rest, in the dtype in which they are kept."""
         index = self._weights.index(weight)
         for tier in reversed(self._tiers[1:]):  # a copy above one that was changed has the change too
-            if fingerprint(tier.parameters[index]) != tier.made_as[index]:
-                return tier.parameters[index]
+            copy = tier.parameters[index]
+            if fingerprint(copy) != tier.made_as[index] and weight.keeps_change_of(copy):
+                return copy
         home = self._tiers[0].parameters[index]
         return weight.read(source) if home.is_meta else home
 
@@ -121,7 +122,7 @@ class TierStack:
             below = self._tiers[-2].parameters[i]
             if parameter is below:
                 continue
-            if fingerprint(parameter) != made_as:
+            if fingerprint(parameter) != made_as and self._weights[i].keeps_change_of(parameter):
                 device = torch.device("cpu") if below.is_meta else below.device
                 values = parameter.detach().to(device, below.dtype, copy=True)
                 if below.is_meta:  # from now on these values are at home in host memory

@@ -122,6 +122,10 @@ class Weight:
         values = self.read(source) if registered.is_meta else registered.detach()
         return parameter_like(registered, convert(values, placement))
 
+    def keeps_change_of(self, copy: Tensor) -> bool:
+        """Say whether what is changed in a copy of the weight is to be kept when the copy goes."""
+        return True
+
     def computable(self, placement: Placement, source: Source | None, *, differentiable: bool) -> Tensor:
         """Return the weight in *placement* for one computation.
 
