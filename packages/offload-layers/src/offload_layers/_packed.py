@@ -133,6 +133,8 @@ class PackedSource(Mapping[str, Tensor]):
         unflatten: Turns tensors of a checkpoint into those of the layer, both under their full names.
     """
 
+    is_of_one_layer = True
+
     def __init__(
         self,
         source: Source,
@@ -178,6 +180,21 @@ class PackedSource(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    def prefetch(self, names: list[str]) -> None:
+        """Bring everything closer that the layer is made of, whatever the *names* of its tensors."""
+        ask = offered(self._source, "prefetch")
+        if ask is not None:
+            ask(self.keys_in_source)
+
+    def with_threads(self, threads: int) -> "PackedSource":
+        """Return the same source, reading with so many threads if the checkpoint's can."""
+        with_threads = offered(self._source, "with_threads")
+        if with_threads is None:
+            return self
+        twin = copy.copy(self)
+        twin._source = with_threads(threads)
+        return twin
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes that the checkpoint has of the layer, all under its first name."""

@@ -75,7 +75,9 @@ class Schedule:
         return self.prefetcher.statistics()
 
     def source_for_reader(self, source: Source | None) -> Source | None:
-        """Return *source* as the reader thread should use it, the same object for all layers."""
+        """Return *source* as the reader thread should use it, one object for all layers that share it."""
+        if getattr(source, "is_of_one_layer", False):
+            return alone(source)
         for given, ours in self._sources:
             if given is source:
                 return ours
