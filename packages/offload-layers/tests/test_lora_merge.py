@@ -12,9 +12,10 @@ from offload_layers import (
     ConfigError,
     State,
     disable_vram_management,
+    enable_vram_management,
 )
 from offload_layers._merge import added
-from offload_layers.testing import assert_invariants
+from offload_layers.testing import CountingSource, assert_invariants
 from torch import Tensor, nn
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
@@ -184,6 +185,33 @@ def test_a_second_copy_is_kept_only_where_the_source_cannot_give_it(config: str,
     layer.unmerge_lora()
     layer.clear_lora()
     assert torch.equal(bits(layer.weight), bits(base.to(layer.computation_dtype)))
+
+
+def test_layers_that_are_fetched_ahead_have_the_adapters_in_them(x: Tensor) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(IN, IN) for _ in range(4))).requires_grad_(False)
+    source = CountingSource(plain.state_dict())
+    model = copy.deepcopy(plain)
+    enable_vram_management(
+        model, {nn.Linear: AutoWrappedLinear}, settings("disk", F32), vram_limit=0, disk_map=source
+    )
+    expected = plain(x)
+    a, b = torch.randn(2, IN), torch.randn(IN, 2)
+    for _ in range(3):
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        for layer in model:
+            layer.add_lora(a, b)
+            layer.merge_lora()
+        merged = x
+        for layer in plain:
+            merged = nn.functional.linear(merged, added(layer.weight, ((a, b),), F32), layer.bias)
+        for _ in range(3):
+            assert torch.equal(model(x), merged)
+        for layer in model:
+            layer.unmerge_lora()
+            layer.clear_lora()
+    assert_invariants(model)
 
 
 def test_a_weight_that_was_trained_is_not_taken_from_the_source(x: Tensor) -> None:
