@@ -48,6 +48,8 @@ def added(base: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor:
 class MergedSource(Mapping[str, Tensor]):
     """A source in which adapters are added to one tensor."""
 
+    is_of_one_layer = True
+
     def __init__(self, plain: Source, name: str, adapters: Adapters, dtype: torch.dtype | None) -> None:
         self.plain = plain
         self._name = name

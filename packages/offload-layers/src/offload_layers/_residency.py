@@ -152,6 +152,7 @@ class Residency:
             if any(weight.is_gone for weight in self.weights):
                 self._drop_kept()  # the model is garbage that was not collected yet
                 self._tiers.abandon()
+                self.hold_beside(0)
                 return True
             if self._users:
                 return False
