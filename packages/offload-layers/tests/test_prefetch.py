@@ -297,3 +297,13 @@ def test_copies_of_a_model_fetch_for_themselves(model: nn.Module, source: Gate) 
     twin = copy.deepcopy(model)
     assert prefetcher(twin) is not prefetcher(model)
     assert {id(r.schedule) for r in residencies(twin)} == {id(residencies(twin)[0].schedule)}
+
+
+def test_what_came_from_another_source_is_not_used(model: nn.Module) -> None:
+    for _ in range(2):
+        model(X)
+    settle(model)  # the first two layers are ready
+    oracle = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(LAYERS)))
+    for residency in residencies(model):
+        residency.source = CountingSource(oracle.state_dict())
+    assert torch.equal(model(X), oracle(X))

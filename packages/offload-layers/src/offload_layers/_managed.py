@@ -20,6 +20,7 @@ from torch import nn
 
 from offload_layers._errors import ConfigError
 from offload_layers._residency import Residency
+from offload_layers._values import copied, opened
 from offload_layers._weight import Weight
 
 Forward = Callable[..., Any]
@@ -121,7 +122,7 @@ class ManagedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         residency, weights = self._owner(), self._own_weights()
         coming = {name: weight for name, weight in weights.items() if prefix + name in state_dict}
-        with residency.opened(coming.values()):
+        with opened(residency, coming.values()):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- copying ------------------------------------------------------------------------------------
@@ -133,15 +134,17 @@ class ManagedModule(nn.Module):
         rest = {k: v for k, v in self.__dict__.items() if k not in own}
         parameters = {n: None if n in own else copy.deepcopy(p, memo) for n, p in self._parameters.items()}
         new.__dict__["_parameters"] = parameters  # the residency's copy fills in the managed ones
-        for key, value in rest.items():
-            if key != "_parameters":
+        for key, value in rest.items():  # the residency comes after the buffers, and before its weights
+            if key == "_residency":
+                new.__dict__[key] = memo.get(id(value)) or copied(value, memo)
+            elif key != "_parameters":
                 new.__dict__[key] = copy.deepcopy(value, memo)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the plain module with real weights: a file on this machine may not exist on another."""
         plain = plain_class(type(self))
-        with self._owner().opened(self._own_weights().values(), read=True):
+        with opened(self._owner(), self._own_weights().values(), read=True):
             own_getstate = getattr(plain, "__getstate__", None)  # every object has one from Python 3.11 on
             state = dict(own_getstate(self) if own_getstate else self.__dict__)
             state["_parameters"] = dict(self._parameters)

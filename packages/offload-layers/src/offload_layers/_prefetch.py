@@ -19,8 +19,9 @@ from offload_layers._changes import Fingerprint
 from offload_layers._device import Mark
 from offload_layers._order import ExecutionOrder, Place
 from offload_layers._reader import Job, Reader
+from offload_layers._source import Source
 
-MadeFrom = list[tuple[nn.Parameter, Fingerprint]]
+MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Fingerprint]]]
 
 #: of the largest layer: how much is fetched ahead
 LARGEST_AHEAD = 2
@@ -37,7 +38,7 @@ class Fetchable(Protocol):
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
 
     def at_rest(self) -> MadeFrom:
-        """Return the parameters that a staged copy is made from, with their fingerprints."""
+        """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""
 
     def fetch(self) -> "tuple[list[Tensor], Mark]":
         """Return the weights in the computation placement, without gradients; called on another thread."""
@@ -61,9 +62,17 @@ class Fetched:
 
     def is_current(self, layer: Fetchable) -> bool:
         """Whether *layer* still has the weights that these are copies of."""
-        now = layer.at_rest()
-        return len(self.made_from) == len(now) and all(
-            p is q and made_as == other for (p, made_as), (q, other) in zip(self.made_from, now, strict=True)
+        source, parameters = self.made_from
+        its_source, its_parameters = layer.at_rest()
+        return (
+            source is its_source
+            and len(parameters) == len(its_parameters)
+            and all(
+                parameter is its_own and version == its_version
+                for (parameter, version), (its_own, its_version) in zip(
+                    parameters, its_parameters, strict=True
+                )
+            )
         )
 
 

@@ -1,202 +1,32 @@
-"""The life of one layer's weights: its states, and the time during which it computes.
+"""The time during which one layer computes.
 
-While the layer's weights rest in the computation placement the layer is *resident*: reading them and
-calling it cost nothing more than on a plain layer. Otherwise ``enter`` stages copies for as long as
-``forward`` runs. Threads and nested calls share one staged copy; the last one to leave drops it.
+Unless the layer is resident, ``enter`` stages copies of its weights for as long as ``forward`` runs. Threads
+and nested calls share one staged copy; the last one to leave drops it.
 """
 
-import copy
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offload_layers._budget import Budget, Lease, budget_of
-from offload_layers._changes import Fingerprint, fingerprint, watch
-from offload_layers._device import Device, Mark, device_of
-from offload_layers._errors import IllegalTransitionError
-from offload_layers._placement import Placement, Policy
+from offload_layers._budget import Lease
+from offload_layers._changes import fingerprint, watch
+from offload_layers._device import Mark
 from offload_layers._prefetch import Fetched, MadeFrom
-from offload_layers._schedule import Schedule
-from offload_layers._source import Source, offered
+from offload_layers._resting import HEIGHT, Resting
+from offload_layers._source import Source
 from offload_layers._staged import StagedCopy
-from offload_layers._state import State, check_legal
-from offload_layers._tiers import TierStack
+from offload_layers._state import State
 from offload_layers._transfer import parameter_like
 from offload_layers._uncompiled import uncompiled
-from offload_layers._weight import Slot, Weight
+from offload_layers._weight import Weight
 
 Result = TypeVar("Result")
-_HEIGHT = {State.OFFLOAD: 1, State.ONLOAD: 2, State.PREPARING: 3}
-_STATE = {height: state for state, height in _HEIGHT.items()}
 
 
-class Residency:
-    """Owns one layer's weights and moves them between its placements.
-
-    Args:
-        name: Dotted name of the layer, for messages.
-        weights: Its parameters, registered in the model in their OFFLOAD placement.
-        buffers: The buffers that must be where the layer computes.
-        policy: Where the weights are in each state.
-        source: Where weights on disk are read from.
-        limit: Bytes of the compute device that may be in use for this layer to become resident there.
-        budget: The books of the compute device; by default those of this process.
-        schedule: That of the model; None: the layer fetches when it is called, and knows no other layer.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        weights: list[Weight],
-        buffers: list[Slot],
-        policy: Policy,
-        *,
-        source: Source | None = None,
-        limit: int | None = None,
-        budget: Budget | None = None,
-        schedule: Schedule | None = None,
-    ) -> None:
-        self.name = name
-        self.weights = weights
-        self.buffers = buffers
-        self.policy = policy
-        self.schedule = schedule
-        self.source = source
-        self.limit = limit
-        self.resident = False
-        self.is_open = False
-        self._budget = budget
-        self._lock = threading.RLock()
-        self._users = 0
-        self._staged: StagedCopy | None = None
-        self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
-        self._kept: Fetched | None = None
-        self._beside: Lease | None = None
-        self.holds_beside = False
-        self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
-        self._tiers = TierStack(weights, [w.registered for w in weights])
-        self._expose_if_resident()
-        self._register_with_budget()
-
-    @property
-    def state(self) -> State:
-        """Where the weights rest."""
-        return _STATE[self._tiers.height]
-
-    @property
-    def source(self) -> Source | None:
-        """Where weights on disk are read from."""
-        return self._source
-
-    @source.setter
-    def source(self, source: Source | None) -> None:
-        self._source = source
-        self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
-        self._ask_ahead = offered(self._reader_source, "prefetch")
-
-    @property
-    def budget(self) -> Budget:
-        """The books of the device on which the layer computes."""
-        return self._budget if self._budget is not None else budget_of(self.policy.computation.device)
-
-    @property
-    def _device(self) -> Device:
-        return device_of(self.policy.computation.device)
-
-    @property
-    def leased_nbytes(self) -> int:
-        """Bytes that the layer has borrowed from its budget."""
-        staged = [copy.lease.nbytes for copy in (self._staged, self._kept) if copy is not None]
-        beside = self._beside.nbytes if self._beside is not None else 0
-        return self._tiers.leased_nbytes + sum(staged) + beside
-
-    # -- changing the state -------------------------------------------------------------------------
-
-    def move_to(self, state: State) -> None:
-        """Go to *state*, whatever it costs; on failure nothing has changed."""
-        with self._lock:
-            if state is self.state:
-                return
-            check_legal(self.state, state, layer=self.name)
-            if _HEIGHT[state] < self._tiers.height:
-                self._drop_to(state)
-            else:
-                placement = self.policy[state]
-                nbytes = self._new_nbytes(placement)
-                lease = self.budget.borrow(self, nbytes, limit=self.limit) if nbytes else None
-                self._push(placement, lease)
-
-    def try_prepare(self) -> bool:
-        """Go from ONLOAD to PREPARING if its bytes fit under the limit; say whether it is there."""
-        with self._lock:
-            if self.state is not State.ONLOAD:
-                return self.state is State.PREPARING
-            placement = self.policy.preparing
-            lease = None
-            if nbytes := self._new_nbytes(placement):
-                lease = self._borrow_to_stay(nbytes)
-                if lease is None:
-                    return False
-            self._push(placement, lease)
-            return True
-
-    def try_demote(self) -> bool:
-        """Go from PREPARING to ONLOAD if nobody computes with the layer now; say whether it was done."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            if any(weight.is_gone for weight in self.weights):
-                self._drop_kept()  # the model is garbage that was not collected yet
-                self._tiers.abandon()
-                self.hold_beside(0)
-                return True
-            if self._users:
-                return False
-            if self._kept is not None:
-                self._drop_kept()
-                return True
-            if self.state is not State.PREPARING:
-                return False
-            self._drop_to(State.ONLOAD)
-            return True
-        finally:
-            self._lock.release()
-
-    def climb_to(self, state: State) -> None:
-        """Go up to *state* through the states between; PREPARING only if it fits."""
-        with self._lock:
-            if self.state is State.OFFLOAD and state is not State.OFFLOAD:
-                self.move_to(State.ONLOAD)
-            if state is State.PREPARING:
-                self.try_prepare()
-
-    def offload(self) -> None:
-        """Go to OFFLOAD, and bring the buffers home."""
-        if self.schedule is not None:
-            self.schedule.let_go()
-            self.schedule.forget()
-        with self._lock:
-            self._drop_kept()
-            self.move_to(State.OFFLOAD)
-            home = self.policy.offload.device
-            if not self._users:
-                self._move_buffers(torch.device("cpu") if home.type == "meta" else home)
-
-    def set_policy(self, policy: Policy) -> None:
-        """Follow *policy* from now on; the weights go where their state then demands."""
-        with self._lock:
-            if policy == self.policy:
-                return
-            self._drop_kept()
-            with self._at_rest():
-                if not policy.offload.is_disk:
-                    self._tiers.rehome([w.copy_to(policy.offload, self.source) for w in self.weights])
-                self.policy = policy
-                self._register_with_budget()
+class Residency(Resting):
+    """Owns one layer's weights; lets the layer compute with them wherever they rest."""
 
     # -- computing ----------------------------------------------------------------------------------
 
@@ -214,7 +44,7 @@ class Residency:
         with self._lock:
             if self.buffers:
                 self._move_buffers(self.policy.computation.device)
-            if self._tiers.height < _HEIGHT[State.PREPARING]:
+            if self._tiers.height < HEIGHT[State.PREPARING]:
                 if self.state is State.OFFLOAD:
                     self.move_to(State.ONLOAD)
                 self.try_prepare()
@@ -291,8 +121,8 @@ class Residency:
         return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
 
     def at_rest(self) -> MadeFrom:
-        """Return the parameters that a staged copy is made from, with their fingerprints."""
-        return [(w.registered, fingerprint(w.registered)) for w in self.weights]
+        """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""
+        return self._source, [(w.registered, fingerprint(w.registered)) for w in self.weights]
 
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
@@ -300,166 +130,7 @@ class Residency:
             self._ask_ahead([w.name for w in self.weights if w.registered.is_meta])
         return self._fetch_aside(self._reader_source)
 
-    def hold_beside(self, nbytes: int) -> None:
-        """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
-        if nbytes == (self._beside.nbytes if self._beside is not None else 0):
-            return
-        with self._lock:
-            before, self._beside = self._beside, None
-            if before is not None:
-                before.give_back()
-            self.holds_beside = nbytes > 0
-            if nbytes:
-                self._beside = self.budget.borrow(self, nbytes, limit=self.limit)
-
-    # -- values -------------------------------------------------------------------------------------
-
-    def value(self, weight: Weight) -> Tensor:
-        """Return a weight's values at rest, in the dtype in which they are kept."""
-        with self._lock:
-            return self._tiers.values(weight, self.source)
-
-    def replace(self, weight: Weight, parameter: nn.Parameter) -> None:
-        """Take *parameter* as the new values of a weight; one on disk is in host memory from now on."""
-        with self._lock, self._at_rest():
-            self._settle(weight, parameter)
-
-    def rebase(self, weight: Weight, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
-        """Let *make* turn the values at rest of a weight into others; on failure nothing has changed."""
-        with self._lock, self._at_rest():
-            self._settle(weight, make(weight.registered))
-
-    @contextmanager
-    def opened(self, weights: Iterable[Weight], *, read: bool = False) -> Iterator[None]:
-        """Let the model hold host tensors at rest for *weights*, to be read or overwritten in the block.
-
-        What was overwritten or assigned is taken over; the others are as before, on disk if they were.
-
-        Args:
-            weights: Some of this layer's weights.
-            read: Fill in the values of weights on disk; otherwise those are uninitialised.
-        """
-        with self._lock, self._at_rest():
-            lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint]] = []
-            for weight in weights:
-                home = weight.registered
-                if home.is_meta:
-                    values = weight.read(self.source) if read else torch.empty(home.shape, dtype=home.dtype)
-                    weight.register(parameter_like(home, values))
-                lent.append((weight, home, weight.registered, fingerprint(weight.registered)))
-            self.is_open = True
-            try:
-                yield
-            finally:
-                self.is_open = False
-                for weight, home, parameter, version in lent:
-                    untouched = weight.held is parameter and fingerprint(parameter) == version
-                    self._settle(weight, home if untouched else weight.held)
-
-    def forget(self, weight: Weight, module: nn.Module) -> None:
-        """Stop managing *weight* as a parameter of *module*."""
-        with self._lock:
-            weight.slots = [slot for slot in weight.slots if slot.module is not module]
-            if not weight.slots:
-                self._tiers.forget(weight)
-                self.weights.remove(weight)
-
-    def release(self, placement: Placement | None) -> None:
-        """Let the model hold its values as ordinary parameters, in *placement* or where they rest; then end.
-
-        What is on disk comes to host memory if no placement is given.
-        """
-        if self.schedule is not None:
-            self.schedule.let_go()
-            self.schedule.forget()
-        with self._lock:
-            if self._users:
-                raise IllegalTransitionError(f'layer "{self.name}" is computing and cannot be given back now')
-            self._drop_kept()
-            self.hold_beside(0)
-            self._drop_to(State.OFFLOAD)
-            plain = []
-            for weight in self.weights:
-                there = placement or Placement(
-                    torch.device("cpu") if weight.registered.is_meta else weight.registered.device
-                )
-                plain.append(weight.copy_to(there, self.source))
-            self._hide()
-            self._tiers.rehome(plain)
-            if placement is not None:
-                self._move_buffers(placement.device)
-
     # -- the mechanism ------------------------------------------------------------------------------
-
-    @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """Let the model hold the values at rest, unexposed, in the block; then go back to this state."""
-        state = self.state
-        self._drop_to(State.OFFLOAD)
-        self._hide()
-        try:
-            yield
-        finally:
-            self._expose_if_resident()
-            self.climb_to(state)
-
-    def _register_with_budget(self) -> None:
-        # a number, since the budget may ask when the model is gone; 0 if the layer computes where it rests
-        computation = self.policy.computation
-        moves = computation not in (self.policy.onload, self.policy.offload)
-        self.computation_nbytes = sum(w.nbytes_in(computation) for w in self.weights) if moves else 0
-        self.preparing_nbytes = self._new_nbytes(self.policy.preparing)
-        self.budget.register(self)
-
-    def _settle(self, weight: Weight, parameter: nn.Parameter) -> None:
-        """Make *parameter* the values at rest of *weight*: in the OFFLOAD placement, or on the host."""
-        weight.register(parameter)
-        if not self.policy.offload.is_disk:
-            parameter = weight.copy_to(self.policy.offload, self.source)
-        elif not parameter.is_meta:
-            parameter = weight.copy_to(Placement(torch.device("cpu")), self.source)
-        self._tiers.set_home(weight, parameter)
-
-    def _new_nbytes(self, placement: Placement) -> int:
-        """Bytes of the compute device that going to *placement* takes."""
-        if placement.device != self.policy.computation.device:
-            return 0
-        return sum(w.nbytes_in(placement) for w in self.weights if not placement.holds(w.registered))
-
-    def _push(self, placement: Placement, lease: Lease | None) -> None:
-        self._drop_kept()
-        self._hide()
-        try:
-            self.budget.retrying(
-                lambda: self._tiers.push(placement, self.source, lease),
-                layer=self.name,
-                doing="bringing the weights of",
-            )
-        except BaseException:
-            if lease is not None:
-                lease.give_back()
-            raise
-        finally:
-            self._expose_if_resident()
-
-    def _drop_to(self, state: State) -> None:
-        while self._tiers.height > _HEIGHT[state]:
-            self._hide()
-            self._tiers.pop()
-        self._expose_if_resident()
-
-    def _expose_if_resident(self) -> None:
-        placement = self.policy.computation
-        self.resident = all(placement.holds(parameter) for parameter in self._tiers.top)
-        if self.resident:
-            for weight, parameter in zip(self.weights, self._tiers.top, strict=True):
-                weight.expose(parameter)
-            self._move_buffers(placement.device)
-
-    def _hide(self) -> None:
-        self.resident = False
-        for weight in self.weights:
-            weight.hide()
 
     def _computable(self, weight: Weight, *, differentiable: bool = False) -> Tensor:
         return weight.computable(self.policy.computation, self.source, differentiable=differentiable)
@@ -513,66 +184,5 @@ class Residency:
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
 
-    def _drop_kept(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.lease.give_back()
-
-    def _borrow_to_stay(self, nbytes: int) -> Lease | None:
-        """Borrow for becoming resident, if this layer is one that should, and if there is room."""
-        if self.schedule is None:
-            return self.budget.try_borrow(self, nbytes, limit=self.limit)
-        if not self.schedule.may_stay(self):
-            return None
-        lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
-        if lease is None:
-            for other in self.schedule.refused(self):
-                if other.try_demote():
-                    lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
-                    if lease is not None:
-                        break
-        return lease
-
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)
-
-    def _move_buffers(self, device: torch.device) -> None:
-        for slot in self.buffers:
-            buffer = slot.module._buffers[slot.name]
-            if buffer is not None and buffer.device != device:
-                slot.module._buffers[slot.name] = buffer.to(device)
-
-    # -- copies of the model ------------------------------------------------------------------------
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Residency":
-        """Return the residency of a copied model: own values at rest, the same source and budget."""
-        state = self.state
-        with self._lock, self._at_rest():
-            new = memo[id(self)] = Residency.__new__(Residency)
-            new.__dict__.update(self.__dict__)
-            new.weights = [Weight(weight.name, []) for weight in self.weights]
-            memo.update({id(old): weight for old, weight in zip(self.weights, new.weights, strict=True)})
-            home = copy.deepcopy(self._tiers.top, memo)
-            for old, weight, parameter in zip(self.weights, new.weights, home, strict=True):
-                weight.slots = [Slot(copy.deepcopy(s.module, memo), s.name) for s in old.slots]
-                weight.register(parameter)
-            buffers = [Slot(copy.deepcopy(slot.module, memo), slot.name) for slot in self.buffers]
-            Residency.__init__(
-                new,
-                self.name,
-                new.weights,
-                buffers,
-                self.policy,
-                source=self.source,
-                limit=self.limit,
-                budget=self._budget,
-                schedule=self.schedule and memo.setdefault(id(self.schedule), Schedule()),
-            )
-            new.keeps_staged = self.keeps_staged
-            new.climb_to(min(state, State.ONLOAD, key=_HEIGHT.__getitem__))
-            return new
-
-    def __repr__(self) -> str:
-        placement = self.policy[self.state]
-        nbytes = sum(w.nbytes_in(placement) for w in self.weights)
-        return f'<Residency "{self.name}" {self.state.name} {placement} {nbytes:,} bytes>'

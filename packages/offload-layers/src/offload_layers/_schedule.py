@@ -17,16 +17,21 @@ KEPT_SHARE = 1 / 256
 KEPT_NBYTES = 32 << 20  # but no more than that
 
 
-class Scheduled(Fetchable, Borrower, Protocol):
-    """A layer, as the schedule of its model sees it."""
+class Staying(Borrower, Protocol):
+    """A layer that may stay on the device."""
 
     limit: int | None
-    keeps_staged: bool
     preparing_nbytes: int  # what the layer takes when it stays
 
     @property
     def budget(self) -> Budget:
         """The books of the device on which the layer computes."""
+
+
+class Scheduled(Fetchable, Staying, Protocol):
+    """A layer, as the schedule of its model sees it."""
+
+    keeps_staged: bool
 
     def enter(self) -> None:
         """Stage the weights."""
@@ -120,11 +125,11 @@ class Schedule:
             left -= layer.computation_nbytes
             layer.keeps_staged = left >= 0
 
-    def may_stay(self, layer: Scheduled) -> bool:
+    def may_stay(self, layer: Staying) -> bool:
         """Whether *layer* is one of those that should stay, as far as that is decided."""
         return self._chosen is None or weakref.ref(layer) in self._chosen
 
-    def refused(self, layer: Scheduled) -> Iterator[Scheduled]:
+    def refused(self, layer: Staying) -> Iterator[Staying]:
         """Decide who should stay, now that the limit left no room for *layer*; yield those that should not.
 
         The decision needs the whole order; until that is known, who comes first stays.

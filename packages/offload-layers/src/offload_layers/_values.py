@@ -1,0 +1,78 @@
+"""A layer's values in other hands: to be read or overwritten, or copied with the model."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_layers._changes import Fingerprint, fingerprint
+from offload_layers._residency import Residency
+from offload_layers._resting import HEIGHT
+from offload_layers._schedule import Schedule
+from offload_layers._state import State
+from offload_layers._transfer import parameter_like
+from offload_layers._weight import Slot, Weight
+
+
+@contextmanager
+def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = False) -> Iterator[None]:
+    """Let the model hold host tensors at rest for *weights*, to be read or overwritten in the block.
+
+    What was overwritten or assigned is taken over; the others are as before, on disk if they were.
+
+    Args:
+        residency: The layer.
+        weights: Some of its weights.
+        read: Fill in the values of weights on disk; otherwise those are uninitialised.
+    """
+    with residency.at_home():
+        lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint]] = []
+        for weight in weights:
+            home = weight.registered
+            if home.is_meta:
+                values = weight.read(residency.source) if read else torch.empty(home.shape, dtype=home.dtype)
+                weight.register(parameter_like(home, values))
+            lent.append((weight, home, weight.registered, fingerprint(weight.registered)))
+        residency.is_open = True
+        try:
+            yield
+        finally:
+            residency.is_open = False
+            for weight, home, parameter, version in lent:
+                untouched = weight.held is parameter and fingerprint(parameter) == version
+                residency.settle(weight, home if untouched else weight.held)
+
+
+def copied(residency: Residency, memo: dict[int, Any]) -> Residency:
+    """Return the residency of a copied model: own values at rest, the same source and budget."""
+    state = residency.state
+    with residency.at_home() as home:
+        new = memo[id(residency)] = Residency.__new__(Residency)
+        new.weights = []
+        for weight in residency.weights:
+            twin = copy.copy(weight)
+            twin.slots = []
+            new.weights.append(twin)
+            memo[id(weight)] = twin
+        parameters = copy.deepcopy(home, memo)
+        for weight, twin, parameter in zip(residency.weights, new.weights, parameters, strict=True):
+            twin.slots = [Slot(copy.deepcopy(slot.module, memo), slot.name) for slot in weight.slots]
+            twin.register(parameter)
+        buffers = [Slot(copy.deepcopy(slot.module, memo), slot.name) for slot in residency.buffers]
+        Residency.__init__(
+            new,
+            residency.name,
+            new.weights,
+            buffers,
+            residency.policy,
+            source=residency.source,
+            limit=residency.limit,
+            budget=residency.own_budget,
+            schedule=residency.schedule and memo.setdefault(id(residency.schedule), Schedule()),
+        )
+        new.keeps_staged = residency.keeps_staged
+        new.climb_to(min(state, State.ONLOAD, key=HEIGHT.__getitem__))
+        return new
