@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", nargs="*", default=[*jobs.JOBS, "memory"], choices=[*jobs.JOBS, "memory"])
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; one that exists is added to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -121,6 +121,8 @@ def main() -> None:
         show(result["jobs"][name])
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
+        if options.output.exists():
+            result["jobs"] = json.loads(options.output.read_text())["jobs"] | result["jobs"]
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

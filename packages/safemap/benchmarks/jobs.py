@@ -190,6 +190,38 @@ class Sweep(Job):
             return timed(sweep)
 
 
+class Used(Job):
+    """Every tensor once, and every byte of it read by a sum: what a view saves, and what it only puts off."""
+
+    def rounds(self, number: int) -> Iterator[Sample]:
+        paths = self.dit()
+        names = list(checkpoints.names_in_file_order(paths))
+        nbytes = sum(span[2] for span in self.spans(paths, names))
+        contenders = {
+            peer: functools.partial(self.sweep, opened, paths, names)
+            for peer, opened in (
+                ("safemap", peers.safemap),
+                ("safemap mmap=True", lambda paths: peers.safemap(paths, mmap=True)),
+                ("DiffSynth DiskMap", peers.diffsynth),
+                ("safe_open + clone", peers.safe_open),
+                ("safe_open views", peers.safe_open_views),
+            )
+        }
+        yield from round_of("warm, file order, summed", contenders, nbytes, number)
+
+    @staticmethod
+    def sweep(opened: Callable, paths: list[str], names: list[str]) -> float:
+        system.warm(paths)
+
+        def sweep() -> None:
+            with opened(paths) as get:
+                for name in names:
+                    tensor = get(name).view(-1)
+                    (tensor.view(torch.int64) if tensor.nbytes % 8 == 0 else tensor).sum()
+
+        return timed(sweep)
+
+
 class Casts(Job):
     """A large tensor in another dtype than it is stored in."""
 
@@ -251,6 +283,7 @@ JOBS: dict[str, Callable[[Path, float], Job]] = {
     "one-tensor": OneTensor,
     "sweep-warm": lambda folder, gigabytes: Sweep(folder, gigabytes, cold=False),
     "sweep-cold": lambda folder, gigabytes: Sweep(folder, gigabytes, cold=True),
+    "sweep-used": Used,
     "casts": Casts,
     "two-threads": TwoThreads,
 }

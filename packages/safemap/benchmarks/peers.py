@@ -44,6 +44,15 @@ def safe_open(paths: list[str], **options: Any) -> Iterator[Get]:
 
 
 @contextmanager
+def safe_open_views(paths: list[str]) -> Iterator[Get]:
+    from safetensors import safe_open
+
+    files = [safe_open(path, framework="pt") for path in paths]
+    owner = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    yield lambda name: owner[name].get_tensor(name)
+
+
+@contextmanager
 def diffsynth(paths: list[str], **options: Any) -> Iterator[Get]:
     disk_map = _diffsynth_module().DiskMap(paths, device="cpu", **options)
     yield disk_map.__getitem__

@@ -221,3 +221,38 @@ def test_the_collector_is_on_again(path: str) -> None:
 
     DiskMap(path)
     assert gc.isenabled()
+
+
+def test_a_row_that_closes_the_header_is_the_last(tmp_path: Path) -> None:
+    """The reader of usual headers accepts "}" for "," after a row; only at the end may it stand."""
+    rows = [
+        '"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}',
+        '"b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}',
+    ]
+    for text, is_right in (
+        ("{" + ",".join(rows) + "}", True),
+        ("{" + ",".join(rows) + "}  \n\t ", True),
+        ("{" + ",".join(rows) + "}" + " " * 10_000, True),
+        ("{" + "}".join(rows) + "}", False),
+        ("{" + ",".join(rows) + ",", False),
+        ("{" + ",".join(rows) + ",}", False),
+        ("{" + ",".join(rows) + "}}", False),
+        ("{" + "}".join(rows) + ",", False),
+        ("{" + "}".join(rows), False),
+    ):
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(safetensors_bytes(text, b"xy"))
+        if is_right:
+            assert bytes(DiskMap(path)["b"].tolist()) == b"y"
+        else:
+            with pytest.raises(FormatError, match="not valid JSON"):
+                DiskMap(path)
+
+
+def test_a_name_with_braces(tmp_path: Path) -> None:
+    header = {"a}},": entry(span=(0, 1)), "}}": entry(span=(1, 2))}
+    (tmp_path / "m.safetensors").write_bytes(safetensors_bytes(header, b"xy"))
+    assert {name: tensor.item() for name, tensor in DiskMap(tmp_path / "m.safetensors").items()} == {
+        "a}},": ord("x"),
+        "}}": ord("y"),
+    }

@@ -28,11 +28,13 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # Source: the limit of the safetensors library
 _U64 = 1 << 64
 # what lies between the literals is checked column by column: faster than character by character
-_ROW = re.compile(r'"([^"]*)":\{"dtype":"([^\]]*)\],"data_offsets":\[([^\]]*)\]\},')
+_ROW = re.compile(r'"([^"]*)":\{"dtype":"([^\]]*)\],"data_offsets":\[([^\]]*)\]\}[,}]')
 _ROW_PUNCTUATION = len('"":{"dtype":"],"data_offsets":[]},')
 _SPEC = re.compile(r'([A-Z0-9_]+)","shape":\[((?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*))*|)', re.ASCII)
 _CONTROLS = bytes(range(32))
 _METADATA = '{"__metadata__":'
+_BLANKS = " \t\r\n"
+_MOST_BLANKS = 4096  # at the end of a header of the usual form
 
 
 @dataclass(slots=True)
@@ -134,32 +136,35 @@ def collector_paused() -> Iterator[None]:
 
 def _parse_regular(text: str, data_start: int, data_nbytes: int) -> Header | None:
     """Read a header of the usual form; None means that it has another form, right or wrong."""
-    body = text.rstrip(" \t\r\n")
-    if not body.startswith("{") or not body.endswith("}}"):
+    tail = text[-_MOST_BLANKS:]
+    end = (
+        len(text) - len(tail) + len(tail.rstrip(_BLANKS))
+    )  # the text itself is not copied: it may have 100 MB
+    if not text.startswith("{") or not text.endswith("}}", 0, end):
         return None
     header = Header()
     position = 1
-    if body.startswith(_METADATA):
+    if text.startswith(_METADATA):
         try:
             metadata, position = json.JSONDecoder(object_pairs_hook=_distinct).raw_decode(
-                body, len(_METADATA)
+                text, len(_METADATA)
             )
         except ValueError:
             return None
-        if not _is_string_map(metadata) or "\\u" in body[:position] or body[position] != ",":
+        if not _is_string_map(metadata) or "\\u" in text[:position] or text[position] != ",":
             return None
         header.metadata = metadata
         position += 1
-    body = body[position:-1] + ","  # so that every row ends alike
-    if "\\" in body:
-        return None  # then a quote always is one, and a name is what it seems
-    rows: list[tuple[str, str, str]] = _ROW.findall(body)
+    if text.find("\\", position) >= 0:
+        return None  # else a quote always is one, and a name is what it seems
+    if text.find("}}", position) != end - 2:
+        return None  # else "}" instead of "," follows the last row and no other
+    rows: list[tuple[str, str, str]] = _ROW.findall(text, position, end)
     if not rows:
         return None
     names, specs, spans = zip(*rows, strict=True)
-    if sum(len("".join(column)) for column in (names, specs, spans)) + _ROW_PUNCTUATION * len(rows) != len(
-        body
-    ):
+    captured = sum(len("".join(column)) for column in (names, specs, spans))
+    if captured + _ROW_PUNCTUATION * len(rows) != end - position:
         return None
     raw_names = "".join(names).encode()
     if len(raw_names.translate(None, _CONTROLS)) != len(raw_names):

@@ -41,6 +41,10 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
 
 def read_bytes(fd: int, nbytes: int, offset: int) -> bytes:
     """Return *nbytes* bytes from *offset* on, fewer only at the end of the file."""
+    if hasattr(os, "pread"):
+        data = os.pread(fd, nbytes, offset)  # at once, unless a signal or the end of the file comes between
+        if len(data) == nbytes:
+            return data
     buffer = bytearray(nbytes)
     count = read_at(fd, memoryview(buffer), offset)
     return bytes(buffer[:count])
