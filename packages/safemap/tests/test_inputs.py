@@ -178,12 +178,6 @@ def test_duplicates_between_formats(tmp_path: Path, save) -> None:
     assert_same(DiskMap([tmp_path / "2.pth", first], on_duplicate="last")["a"], ONE)
 
 
-def test_gguf_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(FormatError, match="a GGUF file"):
-        DiskMap(tmp_path / "model.gguf")
-
-
 def test_fifo(tmp_path: Path) -> None:
     """Opening must not wait for a writer."""
     os.mkfifo(tmp_path / "pipe.safetensors")

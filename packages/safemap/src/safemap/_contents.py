@@ -96,10 +96,11 @@ def open_contents(path: str) -> Contents:
     head = read_bytes(file.open().fd, LENGTH_BYTES, 0)
     if not path.endswith(".safetensors"):
         if head.startswith(b"GGUF"):
-            raise FormatError(
-                f"{path}: a GGUF file. Its quantized blocks are no torch tensors: convert it to safetensors "
-                "with the tool of the program that made it."
-            )
+            from safemap._gguf import read_gguf  # needed for such files only
+
+            with collector_paused():
+                table, metadata = read_gguf(file)
+            return Contents(file, table=table, metadata=metadata)
         is_zip = head.startswith(_ZIP_MAGIC)
         if is_zip or (head.startswith(_PICKLE_MAGIC) and path.endswith(TORCH_SUFFIXES)):
             from safemap._torch_file import read_legacy, read_zip  # needed for pickled files only
