@@ -8,7 +8,6 @@ Needs diffusers and safemap; measures accelerate and DiffSynth-Studio where they
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -19,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from torch import nn
 CONFIG = {"num_layers": 12, "attention_head_dim": 128, "num_attention_heads": 12, "joint_attention_dim": 3584}
 TOKENS = {"small": (4, 64), "moderate": (32, 64)}  # side of the image in tokens, text tokens
 SHARD_NBYTES = 600_000_000
-LINE = "{:28} {:>7} {:>7} {:>9} {:>10} {:>8} {:>7}"
+PIECE = 8 << 20
+FORWARDS = 20  # over which growth is measured
+LINE = "{:30} {:>7} {:>7} {:>9} {:>7} {:>9} {:>8} {:>8} {:>7}"
 RESTING = ("offload", "onload", "preparing")
 
 
@@ -123,6 +126,15 @@ def ours(folder: Path, *, mmap: bool) -> nn.Module:
     return layers.enable_vram_management(skeleton(), faces, on_disk(torch.bfloat16), None, source)
 
 
+def half_resident(folder: Path) -> nn.Module:
+    import offload_layers
+    from safemap import DiskMap
+
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    source = DiskMap(files(folder), mmap=True)
+    return offload_layers.offload(skeleton(), device="cpu", ram=nbytes // 2, source=source).model
+
+
 def diffsynth(folder: Path) -> nn.Module:
     try:
         root = Path(str(importlib.metadata.distribution("diffsynth").locate_file("diffsynth")))
@@ -168,6 +180,7 @@ def diffusers(folder: Path, *, level: str, disk: bool) -> nn.Module:
 SUBJECTS: dict[str, Callable[[Path], nn.Module]] = {
     "offload-layers, disk, mmap": lambda f: ours(f, mmap=True),
     "offload-layers, disk, read": lambda f: ours(f, mmap=False),
+    "offload-layers, half resident": half_resident,
     "DiffSynth-Studio, disk": diffsynth,
     "accelerate, cpu_offload": lambda f: accelerate(f, disk=False),
     "accelerate, disk_offload": lambda f: accelerate(f, disk=True),
@@ -186,9 +199,55 @@ def memory() -> dict[str, int]:
     return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM")}
 
 
-def clear_peak() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+class PeakOfAnonymous(threading.Thread):
+    """Samples what the process holds of its own, every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.005):
+            self.peak = max(self.peak, memory()["RssAnon"])
+
+    def __enter__(self) -> "PeakOfAnonymous":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def forget(folder: Path) -> None:
+    """Drop the checkpoint, and what peers have made of it, from the page cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def seconds_to_read(folder: Path) -> float:
+    """The disk's floor: the same bytes into one buffer, in large pieces by a few threads, cold."""
+    pieces = []
+    for file in folder.glob("*.safetensors"):
+        pieces += [(file, start) for start in range(0, file.stat().st_size, PIECE)]
+    forget(folder)
+    local = threading.local()
+
+    def read(piece: tuple[Path, int]) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = bytearray(PIECE)
+        with piece[0].open("rb", buffering=0) as file:
+            os.preadv(file.fileno(), [local.buffer], piece[1])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, pieces))
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -200,17 +259,20 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
     arguments = inputs(model, tokens)
     model(**arguments)  # what is learned or allocated once
     if what == "memory":
-        clear_peak()
         first = memory()
-        for _ in range(20):
-            model(**arguments)
+        with PeakOfAnonymous() as sampled:
+            for _ in range(FORWARDS):
+                model(**arguments)
         last = memory()
         return {
+            "peak_nbytes": sampled.peak - before,
             "anonymous_nbytes": last["RssAnon"] - before,
             "mapped_nbytes": last["RssFile"],
             "growth_nbytes": last["RssAnon"] - first["RssAnon"],
         }
     reference = plain(folder)
+    if what == "cold":
+        return cold(model, reference, arguments, folder, rounds)
     expected = reference(**arguments)[0]
     ratios, seconds = [], []
     for _ in range(rounds):
@@ -229,6 +291,32 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
     }
 
 
+def cold(
+    model: nn.Module, reference: nn.Module, arguments: dict[str, Any], folder: Path, rounds: int
+) -> dict[str, Any]:
+    """A forward with nothing in the page cache, over the slower of computation and disk."""
+    ratios, seconds = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        reference(**arguments)
+        compute_s = time.perf_counter() - start
+        disk_s = seconds_to_read(folder)
+        forget(folder)
+        start = time.perf_counter()
+        model(**arguments)
+        forward_s = time.perf_counter() - start
+        ratios.append(forward_s / max(compute_s, disk_s))
+        seconds.append((forward_s, compute_s, disk_s))
+    forward_s, compute_s, disk_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+    return {
+        "ratio": statistics.median(ratios),
+        "ratios": sorted(ratios),
+        "forward_s": forward_s,
+        "compute_s": compute_s,
+        "disk_s": disk_s,
+    }
+
+
 def in_a_process(arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--measure", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -244,6 +332,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="pairs of forwards (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--cold", action="store_true", help="also with nothing in the page cache")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     options = parser.parse_args()
     if options.measure:
@@ -255,14 +344,18 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         make_checkpoint(folder)
         rows = []
-        print(LINE.format("subject", "threads", *TOKENS, "anonymous", "mapped", "growth"))
+        print(
+            LINE.format("subject", "threads", *TOKENS, *(f"{t}*" for t in TOKENS), "peak", "mapped", "growth")
+        )
         for subject in options.subjects:
             used = in_a_process([subject, str(folder), "small", "0", "2", "memory"])
             for threads in options.threads:
                 row = {"subject": subject, "threads": threads, "memory": used}
                 for tokens in TOKENS:
-                    arguments = [subject, str(folder), tokens, str(options.rounds), str(threads), "time"]
-                    row[tokens] = in_a_process(arguments)
+                    arguments = [subject, str(folder), tokens, str(options.rounds), str(threads)]
+                    row[tokens] = in_a_process([*arguments, "time"])
+                    if options.cold:
+                        row[f"{tokens}, cold"] = in_a_process([*arguments, "cold"])
                 rows.append(row)
                 show(row)
     if options.output:
@@ -275,15 +368,16 @@ def show(row: dict[str, Any]) -> None:
     def cell(values: dict[str, Any], key: str, scale: float = 1.0, form: str = ".2f") -> str:
         return format(values[key] / scale, form) if key in values else "-"
 
-    times = [
-        cell(row[tokens], "ratio") + ("" if row[tokens].get("identical", True) else "!") for tokens in TOKENS
-    ]
-    used = [cell(row["memory"], f"{k}_nbytes", 1e6, ",.0f") for k in ("anonymous", "mapped", "growth")]
-    line = (row["subject"], row["threads"], *times, *used)
-    print(LINE.format(*line), flush=True)
-    for part in (*TOKENS, "memory"):
-        if "error" in row[part]:
-            print(f"    {part}: {row[part]['error']}", flush=True)
+    def ratio(name: str) -> str:
+        values = row.get(name, {})
+        return cell(values, "ratio") + ("" if values.get("identical", True) else "!")
+
+    times = [ratio(tokens) for tokens in TOKENS] + [ratio(f"{tokens}, cold") for tokens in TOKENS]
+    used = [cell(row["memory"], f"{k}_nbytes", 1e6, ",.0f") for k in ("peak", "mapped", "growth")]
+    print(LINE.format(row["subject"], row["threads"], *times, *used), flush=True)
+    for part, values in row.items():
+        if isinstance(values, dict) and "error" in values:
+            print(f"    {part}: {values['error']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Copies beside the computation, on a device whose clock is only counted."""
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from offload_layers import AutoWrappedModule, BudgetExceededError, State, enable_vram_management
+from offload_layers._budget import Budget
 from offload_layers._placement import GIB
-from offload_layers.testing import CountingSource, FakeDevice, residencies
+from offload_layers.testing import CountingSource, FakeDevice
 from torch import Tensor, nn
 
 LAYERS = 12
@@ -52,7 +52,10 @@ def managed(
     model = plain(device, seconds, also)
     source = CountingSource(model.state_dict())
     enable_vram_management(model, {Layer: AutoWrappedModule}, config, limit, source)
+    budget = Budget(torch.device("cpu"))  # that no other model of this process shares
     for layer in model:
+        layer._owner().own_budget = budget
+        budget.register(layer._owner())
         layer.before.append(layer._owner().schedule.prefetcher.settle)
     return model
 
@@ -61,11 +64,8 @@ def expected(seconds: list[float]) -> Tensor:
     return plain(FakeDevice(), seconds)(X)  # type: ignore[no-any-return]
 
 
-def limit_for(device: FakeDevice, model: Any, nbytes: int) -> float:
-    """A limit in GiB which leaves *nbytes* to the model, whatever other models of this process hold."""
-    gc.collect()
-    lent = residencies(model)[0].budget.statistics().lent_nbytes
-    return float(lent + nbytes) / GIB
+def limit_for(nbytes: int) -> float:
+    return nbytes / GIB
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_twenty_forwards_leave_nothing_behind(device: FakeDevice) -> None:
 def test_residents_are_spread_over_the_forward(device: FakeDevice) -> None:
     seconds = [COPY_S / 2] * LAYERS  # the bus can bring every second layer in time
     model = managed(device, seconds, PREPARING, None)
-    limit = limit_for(device, model, (LAYERS // 2 + 2) * NBYTES)
+    limit = limit_for((LAYERS // 2 + 2) * NBYTES)
     for layer in model:
         layer.vram_limit = limit
     for _ in range(3):
@@ -129,7 +129,7 @@ def test_residents_are_spread_over_the_forward(device: FakeDevice) -> None:
 def test_the_limit_is_a_ceiling_for_the_weights(device: FakeDevice) -> None:
     for layers in (3, 5, 9):
         model = managed(device, [COPY_S] * LAYERS, PREPARING, None)
-        limit = limit_for(device, model, layers * NBYTES)
+        limit = limit_for(layers * NBYTES)
         for layer in model:
             layer.vram_limit = limit
         device.peak_nbytes = device.used_nbytes
@@ -144,7 +144,7 @@ def test_a_smaller_limit_is_obeyed_at_once(device: FakeDevice) -> None:
     model = managed(device, [COPY_S] * LAYERS, PREPARING, None)
     model(X)
     assert all(layer.state is State.PREPARING for layer in model)
-    limit = limit_for(device, model, -8 * NBYTES)
+    limit = limit_for((LAYERS - 8) * NBYTES)
     for layer in model:
         layer.vram_limit = limit
     model[0].offload()

@@ -131,6 +131,23 @@ class AutoTorchModule(ManagedModule):
             }
         )
         limit = parse_limit(vram_limit)
+        return cls._manage(module, policy, name=name, source=disk_map, limit=limit, schedule=schedule)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Do nothing: the module that ``__new__`` returns has been initialised long ago."""
+
+    @classmethod
+    def _manage(
+        cls,
+        module: nn.Module,
+        policy: Policy,
+        *,
+        name: str,
+        source: Mapping[str, Tensor] | None,
+        limit: int | None,
+        schedule: Schedule | None,
+    ) -> nn.Module:
+        """Manage *module* under *limit* bytes, and return it."""
         policy = cls._policy(policy)
         cls._check(module, policy)
         manage(
@@ -138,15 +155,12 @@ class AutoTorchModule(ManagedModule):
             cls._face(policy),
             policy,
             name=name,
-            source=disk_map,
+            source=source,
             limit=limit,
             recurse=cls._covers_children,
             schedule=schedule,
         )
         return module
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        """Do nothing: the module that ``__new__`` returns has been initialised long ago."""
 
     @classmethod
     def _check(cls, module: nn.Module, policy: Policy) -> None:
@@ -272,11 +286,11 @@ class AutoWrappedLinear(LoRAHotLoadMixin, AutoTorchModule, nn.Linear):
     def _face(cls, policy: Policy) -> type[AutoTorchModule]:
         return _EightBitLinear if policy.computation.dtype in FP8 else cls
 
-    def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Manage *module* and return it."""
-        layer = super().__new__(cls, module, *args, **kwargs)
+    @classmethod
+    def _manage(cls, module: nn.Module, policy: Policy, **arguments: Any) -> nn.Module:
+        layer: Any = super()._manage(module, policy, **arguments)
         layer.init_lora_hotload()
-        return layer
+        return module
 
     @classmethod
     def _managed_forward(cls, own_forward: Forward) -> Forward:

@@ -175,10 +175,11 @@ def disable_vram_management(
     placement = None
     if device is not None or dtype is not None:
         placement = Placement(parse_device("cpu" if device is None else device), dtype)
+    plain: dict[nn.Parameter, nn.Parameter] = {}  # what layers share stays shared
     for module in list(model.modules()):
         if isinstance(module, AutoTorchModule):
             residency = module._owner()
-            residency.release(placement)
+            residency.release(placement, plain)
             if isinstance(module, LoRAHotLoadMixin):
                 module.end_lora_hotload()
             parts = list(module.modules()) if module._covers_children else [module]

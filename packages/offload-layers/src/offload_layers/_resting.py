@@ -193,10 +193,12 @@ class Resting:
                 self.policy = policy
                 self._register_with_budget()
 
-    def release(self, placement: Placement | None) -> None:
-        """Let the model hold its values as ordinary parameters, in *placement* or where they rest; then end.
+    def release(self, placement: Placement | None, plain: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Let the model hold its values as ordinary parameters, then end.
 
-        What is on disk comes to host memory if no placement is given.
+        Args:
+            placement: Where they go; None: where they rest, and what is on disk comes to host memory.
+            plain: Parameters at rest -> what was made of them, for those that layers share.
         """
         if self.schedule is not None:
             self.schedule.let_go()
@@ -207,14 +209,14 @@ class Resting:
             self._drop_kept()
             self.hold_beside(0)
             self._drop_to(State.OFFLOAD)
-            plain = []
             for weight in self.weights:
-                there = placement or Placement(
-                    torch.device("cpu") if weight.registered.is_meta else weight.registered.device
-                )
-                plain.append(weight.copy_to(there, self.source))
+                home = weight.registered
+                if home not in plain:
+                    there = torch.device("cpu") if home.is_meta else home.device
+                    plain[home] = weight.copy_to(placement or Placement(there), self.source)
+            parameters = [plain[weight.registered] for weight in self.weights]
             self._hide()
-            self._tiers.rehome(plain)
+            self._tiers.rehome(parameters)
             if placement is not None:
                 self._move_buffers(placement.device)
 
@@ -329,19 +331,16 @@ class Resting:
             weight.hide()
 
     def _borrow_to_stay(self, nbytes: int) -> Lease | None:
-        """Borrow for becoming resident, if this layer is one that should, and if there is room."""
-        if self.schedule is None:
-            return self.budget.try_borrow(self, nbytes, limit=self.limit)
-        if not self.schedule.may_stay(self):
-            return None
+        """Borrow for becoming resident if there is room, or if this layer should stay rather than others."""
         lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
-        if lease is None:
-            for other in self.schedule.refused(self):
-                if other.try_demote():
-                    lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
-                    if lease is not None:
-                        break
-        return lease
+        if lease is not None or self.schedule is None:
+            return lease
+        for other in self.schedule.refused(self):
+            if other.try_demote():
+                lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
+                if lease is not None:
+                    return lease
+        return None
 
     def _drop_kept(self) -> None:
         kept, self._kept = self._kept, None

@@ -125,10 +125,6 @@ class Schedule:
             left -= layer.computation_nbytes
             layer.keeps_staged = left >= 0
 
-    def may_stay(self, layer: Staying) -> bool:
-        """Whether *layer* is one of those that should stay, as far as that is decided."""
-        return self._chosen is None or weakref.ref(layer) in self._chosen
-
     def refused(self, layer: Staying) -> Iterator[Staying]:
         """Decide who should stay, now that the limit left no room for *layer*; yield those that should not.
 
