@@ -154,6 +154,7 @@ PEER_BENCHMARKS = {
     "safemap": "packages/safemap/benchmarks/compare.py",
     "converters": "packages/safemap/benchmarks/converters.py",
     "offload-layers": "packages/offload-layers/benchmarks/disk_offload.py",
+    "diffsynth-core-vram": "packages/diffsynth-core-vram/benchmarks/studio.py",
 }
 
 
@@ -161,7 +162,7 @@ PEER_BENCHMARKS = {
 @nox.parametrize("benchmark", list(PEER_BENCHMARKS), ids=list(PEER_BENCHMARKS))
 def peers(session: nox.Session, benchmark: str) -> None:
     """Compare with other libraries in one run; the options of the script come after ``--``."""
-    install(session, ["peers"], PACKAGES)
+    install(session, ["peers", "studio"], PACKAGES)
     session.install("--no-deps", DIFFSYNTH)
     python(session, PEER_BENCHMARKS[benchmark], *session.posargs)
 
