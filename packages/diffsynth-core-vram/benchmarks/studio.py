@@ -3,8 +3,8 @@
     python studio.py [--blocks 2] [--tokens 256] [--rounds 3] [--out results/NAME.json]
 
 The model is Qwen-Image's transformer at its real width with a few blocks and random weights, loaded as a
-pipeline loads it. Every measurement is a process of its own; the two sides take turns. Memory is what the process
-holds beyond its imports. The page cache is warm.
+pipeline loads it. Every measurement is a process of its own; the two sides take turns. Memory is what the
+process holds beyond its imports. The page cache is warm.
 """
 
 import argparse
