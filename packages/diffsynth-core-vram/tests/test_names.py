@@ -61,7 +61,7 @@ def test_names_are_the_packages_own(top, module):
 
 @pytest.mark.parametrize("module", DOCUMENTED)
 def test_star_import_gives_exactly_the_documented_names(module):
-    own = ["CheckpointMismatchError", "install", "uninstall"] if module == "" else []
+    own = ["CheckpointMismatchError", "install", "offload", "uninstall"] if module == "" else []
     assert set(importlib.import_module(f"diffsynth_core_vram{module}").__all__) == {*DOCUMENTED[module], *own}
 
 

@@ -5,6 +5,7 @@ where it is, `install` makes it use this implementation.
 """
 
 from diffsynth_core_vram._fit import CheckpointMismatchError
+from diffsynth_core_vram._offload import offload
 from diffsynth_core_vram._route import install, uninstall
 from diffsynth_core_vram.core import (
     AutoTorchModule,
@@ -37,6 +38,7 @@ __all__ = [
     "install",
     "load_model",
     "load_state_dict",
+    "offload",
     "skip_model_initialization",
     "uninstall",
 ]

@@ -16,8 +16,11 @@ from offload_layers._layers import (
     AutoWrappedNonRecurseModule,
 )
 from offload_layers._lora import LoRAHotLoadMixin
+from offload_layers._offload import Offloaded, offload, plan
 from offload_layers._placement import Placement, Policy
+from offload_layers._plan import LayerSize, Plan, PlannedLayer, Prediction
 from offload_layers._quantized import AutoWrappedQuantizedModule
+from offload_layers._rates import Rates
 from offload_layers._replace import (
     disable_vram_management,
     enable_vram_management,
@@ -25,6 +28,7 @@ from offload_layers._replace import (
     fill_vram_config,
 )
 from offload_layers._state import State
+from offload_layers._tier import Tier
 
 __all__ = [
     "AutoTorchModule",
@@ -36,15 +40,24 @@ __all__ = [
     "BudgetExceededError",
     "ConfigError",
     "IllegalTransitionError",
+    "LayerSize",
     "LoRAHotLoadMixin",
     "MissingTensorError",
     "OffloadLayersError",
+    "Offloaded",
     "Placement",
+    "Plan",
+    "PlannedLayer",
     "Policy",
+    "Prediction",
+    "Rates",
     "ShapeMismatchError",
     "State",
+    "Tier",
     "disable_vram_management",
     "enable_vram_management",
     "enable_vram_management_recursively",
     "fill_vram_config",
+    "offload",
+    "plan",
 ]

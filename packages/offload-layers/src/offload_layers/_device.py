@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offload_layers._pinned import PinnedRing
+from offload_layers._pinned import PinnedRing, PinnedSlabs
 
 #: what torch raises when a device has no memory left; torch before 2.5 has it under CUDA's name only
 OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
@@ -37,6 +37,9 @@ class Device(Protocol):
 
     def upload(self, tensor: Tensor) -> Tensor:
         """Return a copy of a host tensor on the device, in its own dtype, made in the current queue."""
+
+    def lock(self, tensor: Tensor) -> Tensor:
+        """Return a host tensor in memory from which it crosses fastest, itself if there is none better."""
 
     def aside(self) -> AbstractContextManager[None]:
         """What this thread enqueues in the block runs beside the computation."""
@@ -65,6 +68,10 @@ class HostDevice:
         """Return *tensor*, which is there already."""
         return tensor
 
+    def lock(self, tensor: Tensor) -> Tensor:
+        """Return *tensor*: it does not cross anything."""
+        return tensor
+
     def aside(self) -> AbstractContextManager[None]:
         """Return a block in which nothing is different."""
         return nullcontext()
@@ -88,7 +95,8 @@ class Accelerator:
         self._module = torch.get_device_module(device)
         self._copies: Any = None  # the stream, made when it is first used
         self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
-        self._pinned = PinnedRing(self._module, device)
+        self._ring = PinnedRing(self._module, device)
+        self._slabs = PinnedSlabs()
 
     def in_use(self) -> int | None:
         """Return the driver's count, less what torch holds in reserve and would use first."""
@@ -109,7 +117,11 @@ class Accelerator:
             return tensor.to(self._device)
         if tensor.is_pinned():
             return tensor.to(self._device, non_blocking=True)
-        return self._pinned.upload(tensor)
+        return self._ring.upload(tensor)
+
+    def lock(self, tensor: Tensor) -> Tensor:
+        """Return a copy in page-locked memory while there is some."""
+        return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -300,7 +300,9 @@ class Resting:
         self._hide()
         try:
             self.budget.retrying(
-                lambda: self._tiers.push(placement, self.source, lease),
+                lambda: self._tiers.push(
+                    placement, self.source, lease, computes_on=self.policy.computation.device
+                ),
                 layer=self.name,
                 doing="bringing the weights of",
             )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint, fingerprint
+from offload_layers._device import device_of
 from offload_layers._placement import Placement
 from offload_layers._source import Source
 from offload_layers._transfer import parameter_like
@@ -53,15 +54,29 @@ class TierStack:
         """Bytes of the compute device that the copies take."""
         return sum(tier.lease.nbytes for tier in self._tiers if tier.lease is not None)
 
-    def push(self, placement: Placement, source: Source | None, lease: Lease | None) -> None:
+    def push(
+        self, placement: Placement, source: Source | None, lease: Lease | None, *, computes_on: torch.device
+    ) -> None:
         """Put copies in *placement*, paid for by *lease*, on top; on failure nothing has changed."""
         if placement.is_disk:
             parameters = self.top
         else:
             with torch.inference_mode(False):  # the copies outlive the forward that caused them
                 parameters = [w.copy_to(placement, source) for w in self._weights]
+                if placement.device.type == "cpu" and computes_on.type != "cpu":
+                    parameters = [
+                        self._locked(*pair, computes_on) for pair in zip(parameters, self.top, strict=True)
+                    ]
         self._register(parameters)
         self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
+
+    @staticmethod
+    def _locked(copy: nn.Parameter, below: nn.Parameter, device: torch.device) -> nn.Parameter:
+        """Return a copy that waits in host memory in memory from which it crosses fastest."""
+        if copy is below:  # no copy was made
+            return copy
+        there = device_of(device).lock(copy)
+        return copy if there is copy else parameter_like(copy, there)
 
     def pop(self) -> None:
         """Drop the copies on top, keeping what was changed in them."""

@@ -1,0 +1,367 @@
+"""The one call: manage a whole model by two amounts of memory."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_layers._errors import ConfigError
+from offload_layers._find import Found, find_layers
+from offload_layers._fp8 import FP8
+from offload_layers._headers import read_headers
+from offload_layers._layers import AutoTorchModule
+from offload_layers._lora import LoRAHotLoadMixin
+from offload_layers._machine import available_ram, free_vram, total_vram
+from offload_layers._manage import load_unmanaged
+from offload_layers._managed import ManagedModule, detach
+from offload_layers._placement import DISK, Placement, Policy, parse_device
+from offload_layers._plan import LayerSize, Plan, make_plan
+from offload_layers._presented import end_presenting, present
+from offload_layers._rates import Rates
+from offload_layers._replace import disable_vram_management
+from offload_layers._schedule import Schedule
+from offload_layers._sizes import parse_size
+from offload_layers._source import Source, check_in_source, check_source, stored_dtype, with_ties
+from offload_layers._tier import Tier
+
+_log = logging.getLogger("offload_layers.offload")
+_CPU = torch.device("cpu")
+
+Size = str | int
+#: of the memory that is free: what ``"auto"`` takes, and leaves the rest to activations and to others
+AUTO_SHARE = 0.8
+
+
+class Offloaded:
+    """A model that `offload` manages; ``with`` gives it back plain at the end of the block.
+
+    Attributes:
+        model: The model, the same object as before.
+        plan: What was planned.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, layers: list[AutoTorchModule]) -> None:
+        self.model = model
+        self.plan = plan
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._is_removed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.model(*args, **kwargs)
+
+    def onload(self) -> None:
+        """Bring what the plan keeps in host memory there: the model is needed soon."""
+        for layer in self._managed():
+            layer.onload()
+        _move_buffers(self.model, self.plan.device)
+
+    def offload(self) -> None:
+        """Take no memory of the device, nor of the host for what can be read again."""
+        for layer in self._managed():
+            layer.offload()
+        _move_buffers(self.model, _CPU)
+
+    def set_vram(self, vram: Size) -> None:
+        """Let the model use another amount of the device's memory from its next forward on."""
+        limit = _vram(vram, self.plan.device, self.plan.ram)
+        for layer in self._managed():
+            layer._owner().limit = limit
+
+    def remove(self, device: str | int | torch.device | None = None) -> nn.Module:
+        """Give the model back plain, with all its weights in memory.
+
+        Args:
+            device: Where they go; by default each stays where it rests, and those on disk come to the host.
+        """
+        if not self._is_removed:
+            end_presenting(self.model)
+            disable_vram_management(self.model, device)
+            if device is not None:
+                _move_buffers(self.model, parse_device(device))
+            self._is_removed = True
+        return self.model
+
+    def __enter__(self) -> "Offloaded":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _managed(self) -> list[AutoTorchModule]:
+        if self._is_removed:
+            raise ConfigError(f"{type(self.model).__name__} was given back; call offload() on it again")
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def __repr__(self) -> str:
+        state = "given back" if self._is_removed else f"{len(self._layers):,} layers on {self.plan.device}"
+        return f"<Offloaded {type(self.model).__name__}: {state}>"
+
+
+def offload(
+    model: nn.Module,
+    *,
+    device: str | int | torch.device = "cuda",
+    vram: Size = "auto",
+    ram: Size = "auto",
+    source: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    storage_dtype: torch.dtype | None = None,
+) -> Offloaded:
+    """Let *model* compute on *device* within *vram* bytes of its memory and *ram* bytes of the host's.
+
+    Every module that has parameters is managed, no map is needed. What fits stays on the device: the weights
+    that hide least behind computation. What does not fit there stays in host memory, and what does not fit
+    there either is read from *source* in each forward.
+
+    Args:
+        model: The model; parameters that *source* has may be on ``meta``.
+        device: Where it computes.
+        vram: Memory of the device that may be in use for weights: ``"8GB"``, ``"7.5 GiB"``, bytes, or
+            ``"auto"``. On a CPU there is one memory, and it is *ram* that counts.
+        ram: Memory of the host for weights, likewise.
+        source: Mapping from names to tensors, e.g. ``safemap.DiskMap``. Without one, weights stay in memory.
+        dtype: In which the model computes; None: each weight in its own. Buffers keep theirs.
+        storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
+
+    Returns:
+        A handle; the model itself can be used as before.
+
+    Raises:
+        ConfigError: it cannot fit, or an argument makes no sense; nothing was changed.
+        MissingTensorError: a parameter has neither values nor a tensor in *source*.
+    """
+    target = parse_device(device)
+    _check_dtypes(dtype, storage_dtype)
+    given = check_source(source)
+    checked = None if given is None else with_ties(given, model)
+    found = _find(model)
+    sizes = [_size(layer, checked, dtype, storage_dtype) for layer in found]
+    plan = _plan(sizes, target, vram, ram, rows=1, rates=None)
+
+    schedule = Schedule()
+    computation = Placement(target, dtype)
+    before = _Snapshot(model)
+    layers: list[AutoTorchModule] = []
+    try:
+        for layer, planned in zip(found, plan.layers, strict=True):
+            policy = _policy(planned.tier, computation, storage_dtype, checked)
+            managed: Any = layer.face._manage(
+                layer.module, policy, name=layer.name, source=checked, limit=plan.vram, schedule=schedule
+            )
+            layers.append(managed)
+        if checked is not None:
+            load_unmanaged(model, checked, Policy(DISK, DISK, computation, computation))
+    except BaseException:
+        before.restore()
+        raise
+    Schedule.keep_small([layer._owner() for layer in layers])
+    _move_buffers(model, target)
+    present(model, target)
+    handle = Offloaded(model, plan, layers)
+    handle.onload()
+    _log.info("%s: %s", type(model).__name__, plan)
+    return handle
+
+
+def plan(
+    model: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    device: str | int | torch.device = "cuda",
+    vram: Size = "auto",
+    ram: Size = "auto",
+    source: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    storage_dtype: torch.dtype | None = None,
+    rows: int = 4096,
+    rates: Rates | None = None,
+) -> Plan:
+    """Say what `offload` would do with the same arguments, and what a forward would take; change nothing.
+
+    Args:
+        model: A model, or a checkpoint: a mapping whose ``info`` tells dtype and shape, safetensors files,
+            or a folder of them. Of files only the headers are read.
+        device: As for `offload`, and so are the next five.
+        vram: Memory of the device.
+        ram: Memory of the host.
+        source: Where weights of the model that are on disk come from.
+        dtype: In which the model computes.
+        storage_dtype: In which weights wait in host memory.
+        rows: Rows of the input of a layer, such as tokens times batch, that the time is predicted for.
+        rates: Of the machine, from `probe`; None: they are measured now, in about a second.
+
+    Raises:
+        ConfigError: it cannot fit, or an argument makes no sense.
+    """
+    target = parse_device(device)
+    _check_dtypes(dtype, storage_dtype)
+    file = None
+    if isinstance(model, nn.Module):
+        given = check_source(source)
+        sizes = [_size(layer, given, dtype, storage_dtype) for layer in _find(model)]
+    elif isinstance(model, Mapping):
+        sizes = _sizes_of_mapping(model, dtype, storage_dtype)
+    else:
+        files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+        sizes = _sizes_of_files(files, dtype, storage_dtype)
+        file = str(files[0]) if os.path.isfile(files[0]) else None
+    if rates is None:
+        from offload_layers._probe import probe
+
+        rates = probe(target, file=file, dtype=dtype or torch.bfloat16)
+    return _plan(sizes, target, vram, ram, rows=rows, rates=rates)
+
+
+def _plan(
+    sizes: list[LayerSize], device: torch.device, vram: Size, ram: Size, *, rows: int, rates: Rates | None
+) -> Plan:
+    host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
+    limit = _vram(vram, device, host)
+    foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
+    return make_plan(
+        sizes, device=device, vram=limit, ram=host, rows=rows, rates=rates, foreign_nbytes=foreign
+    )
+
+
+def _vram(vram: Size, device: torch.device, ram: int) -> int:
+    if device.type == "cpu":
+        return ram if vram == "auto" else min(ram, parse_size(vram, what="vram"))
+    if vram == "auto":
+        free, total = free_vram(device), total_vram(device)
+        return total - free + int(AUTO_SHARE * free)
+    return parse_size(vram, what="vram")
+
+
+def _find(model: nn.Module) -> list[Found]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"offload manages a torch.nn.Module; got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, ManagedModule):
+            raise ConfigError(
+                f'layer "{name}" of {type(model).__name__} is managed already; give it back first'
+            )
+    found = find_layers(model)
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no parameters to manage")
+    return found
+
+
+def _size(
+    layer: Found, source: Source | None, dtype: torch.dtype | None, storage_dtype: torch.dtype | None
+) -> LayerSize:
+    numel = nbytes = stored_nbytes = 0
+    names = {id(p): n for n, p in layer.module.named_parameters(layer.name)}
+    is_on_disk = source is not None
+    for parameter in layer.parameters():
+        name, stored = names[id(parameter)], parameter.dtype
+        if source is not None and (parameter.is_meta or name in source):
+            check_in_source(source, name, parameter.shape)
+            stored = stored_dtype(source, name, stored)
+        else:
+            is_on_disk = False
+        numel += parameter.numel()
+        nbytes += parameter.numel() * _dtype(stored, dtype).itemsize
+        stored_nbytes += parameter.numel() * _dtype(stored, storage_dtype).itemsize
+    return LayerSize(layer.name, numel, nbytes, stored_nbytes, is_on_disk)
+
+
+def _sizes_of_files(
+    files: list[Any], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
+) -> list[LayerSize]:
+    tensors = [(t.name, t.numel, t.nbytes, t.is_floating_point) for t in read_headers(files)]
+    return _grouped(tensors, dtype, storage_dtype)
+
+
+def _sizes_of_mapping(
+    source: Mapping[str, Tensor], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
+) -> list[LayerSize]:
+    info = getattr(source, "info", source.__getitem__)
+    tensors = []
+    for name in source:
+        found = info(name)
+        numel = found.shape.numel()
+        tensors.append((name, numel, numel * found.dtype.itemsize, found.dtype.is_floating_point))
+    return _grouped(tensors, dtype, storage_dtype)
+
+
+def _grouped(
+    tensors: list[tuple[str, int, int, bool]], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
+) -> list[LayerSize]:
+    """Take the tensors whose names differ in the last part for those of one layer."""
+    layers: dict[str, LayerSize] = {}
+    for name, numel, in_file, is_floating_point in tensors:
+        layer = name.rpartition(".")[0]
+        nbytes = numel * dtype.itemsize if dtype is not None and is_floating_point else in_file
+        stored = (
+            numel * storage_dtype.itemsize if storage_dtype is not None and is_floating_point else in_file
+        )
+        before = layers.get(layer, LayerSize(layer, 0, 0, 0))
+        layers[layer] = LayerSize(
+            layer, before.numel + numel, before.nbytes + nbytes, before.stored_nbytes + stored
+        )
+    return list(layers.values())
+
+
+class _Snapshot:
+    """What the modules of a model hold, to be restored if managing it fails half-way."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+
+    def restore(self) -> None:
+        """Let the model be as it was; nothing is read from disk."""
+        for module, parameters, buffers in self._held:
+            if isinstance(module, LoRAHotLoadMixin) and "lora_A_weights" in module.__dict__:
+                module.end_lora_hotload()
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            if isinstance(module, ManagedModule):
+                for name in parameters:
+                    module.__dict__.pop(name, None)
+                detach(module)
+
+
+def _policy(
+    tier: Tier,
+    computation: Placement,
+    storage_dtype: torch.dtype | None,
+    source: Source | None,
+) -> Policy:
+    host = Placement(_CPU, storage_dtype)
+    if source is None:
+        if computation.device.type == "cpu" and tier is Tier.DEVICE:
+            host = computation
+        return Policy(host, host, computation, computation)
+    on_host = tier is Tier.HOST
+    return Policy(DISK, host if on_host else DISK, computation, computation)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers that no layer moves to *device*."""
+    for module in model.modules():
+        if isinstance(module, ManagedModule):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def _check_dtypes(dtype: object, storage_dtype: object) -> None:
+    for name, value in (("dtype", dtype), ("storage_dtype", storage_dtype)):
+        if value is not None and not isinstance(value, torch.dtype):
+            raise ConfigError(f"{name} must be a torch.dtype or None; got {value!r}")
+    if storage_dtype in FP8 and dtype is None:
+        raise ConfigError(
+            f"storage_dtype {storage_dtype} needs a dtype to compute in, e.g. dtype=torch.bfloat16"
+        )

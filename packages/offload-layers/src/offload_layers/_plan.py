@@ -1,0 +1,302 @@
+"""What will be where, and what it will cost: decided and predicted before anything is loaded.
+
+Weights can stay on the device, stay in host memory, or stay on disk. What is on the device costs nothing;
+what is in host memory crosses the bus in each forward; what is on disk is read in each forward too. The
+device's memory is given to the layers that hide least behind computation, then the host's.
+
+Note [Peaks]
+    A forward holds, beside the residents, the layer that computes and those that are fetched ahead, at most
+    ``PASSING`` of the largest; what stays leaves room for ``IN_FLIGHT`` of them, and the limit bounds all. On
+    the host there are the weights that stay there, one layer on its way from disk, and the page-locked ring.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_layers._budget import IN_FLIGHT
+from offload_layers._choice import Demand, choose_residents
+from offload_layers._errors import ConfigError
+from offload_layers._pinned import CHUNK
+from offload_layers._plan_picture import plot_plan
+from offload_layers._prefetch import LARGEST_AHEAD
+from offload_layers._rates import Rates
+from offload_layers._sizes import format_size
+from offload_layers._tier import Tier
+
+#: of the largest layer: what is on the device beside the residents
+PASSING = 1 + LARGEST_AHEAD
+_RING_NBYTES = 2 * CHUNK
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer as a plan sees it.
+
+    Attributes:
+        name: Dotted name.
+        numel: Elements of its weights.
+        nbytes: Bytes that they take where they compute.
+        stored_nbytes: Bytes that they take where they rest, which are those that cross the bus.
+        is_on_disk: Whether a source can give them.
+    """
+
+    name: str
+    numel: int
+    nbytes: int
+    stored_nbytes: int
+    is_on_disk: bool = True
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer and its tier."""
+
+    size: LayerSize
+    tier: Tier
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one forward, and what they are made of.
+
+    Attributes:
+        compute_s: Computation alone.
+        bus_s: Weights that cross the bus.
+        disk_s: Weights that are read from disk.
+        total_s: All of it, as far as it overlaps.
+    """
+
+    compute_s: float
+    bus_s: float
+    disk_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be where.
+
+    Attributes:
+        device: That computes.
+        vram, ram: Bytes of the device and of the host that may be used.
+        layers: In order.
+        rows: Rows of the input of a layer (tokens, pixels) that the prediction is for.
+        rates: Of this machine; None: no prediction of times.
+        foreign_nbytes: Bytes of the device that are taken by others.
+    """
+
+    device: torch.device
+    vram: int
+    ram: int
+    layers: tuple[PlannedLayer, ...]
+    rows: int
+    rates: Rates | None
+    foreign_nbytes: int = 0
+
+    def nbytes_on(self, tier: Tier) -> int:
+        """Return the bytes of the weights that stay on *tier*."""
+        return sum(_nbytes(layer.size, tier) for layer in self.layers if layer.tier is tier)
+
+    @property
+    def moving_nbytes(self) -> int:
+        """Bytes that cross the bus in a forward."""
+        return sum(layer.size.stored_nbytes for layer in self.layers if layer.tier is not Tier.DEVICE)
+
+    @property
+    def peak_device_nbytes(self) -> int:
+        """Most bytes of weights on the device at once; see Note [Peaks]."""
+        moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
+        passing = sum(sorted(moving)[-PASSING:])
+        room = self.vram - self.foreign_nbytes
+        return min(self.nbytes_on(Tier.DEVICE) + passing, max(room, max(moving, default=0)))
+
+    @property
+    def peak_host_nbytes(self) -> int:
+        """Most bytes of weights in host memory at once, if that is not the device; see Note [Peaks]."""
+        if self.device.type == "cpu":
+            return 0
+        from_disk = max((x.size.stored_nbytes for x in self.layers if x.tier is Tier.DISK), default=0)
+        kept = sum(
+            layer.size.stored_nbytes
+            for layer in self.layers
+            if layer.tier is Tier.HOST or not layer.size.is_on_disk
+        )
+        return kept + from_disk + _RING_NBYTES
+
+    def predict(self) -> Prediction | None:
+        """Return the seconds of one forward once everything is in place; None without rates."""
+        rates = self.rates
+        if rates is None:
+            return None
+        compute = sum(
+            max(2.0 * x.size.numel * self.rows / rates.flops, x.size.nbytes / rates.memory_bytes_per_s)
+            for x in self.layers
+        )
+        bus = self.moving_nbytes / rates.bus_bytes_per_s
+        disk = self.nbytes_on(Tier.DISK) / rates.disk_bytes_per_s
+        # on a CPU a copy takes the cores and the memory that the computation wants; elsewhere they overlap
+        busy = compute + bus if self.device.type == "cpu" else max(compute, bus)
+        return Prediction(compute, bus, disk, max(busy, disk))
+
+    def with_more(self, *, vram: int = 0, ram: int = 0) -> "Plan":
+        """Return the plan for so many more bytes of memory."""
+        sizes = [layer.size for layer in self.layers]
+        return make_plan(
+            sizes,
+            device=self.device,
+            vram=self.vram + vram,
+            ram=self.ram + ram,
+            rows=self.rows,
+            rates=self.rates,
+            foreign_nbytes=self.foreign_nbytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, texts and lists."""
+        prediction = self.predict()
+        return {
+            "device": str(self.device),
+            "vram_nbytes": self.vram,
+            "ram_nbytes": self.ram,
+            "rows": self.rows,
+            "nbytes": {tier.value: self.nbytes_on(tier) for tier in Tier},
+            "layers_on": {tier.value: sum(x.tier is tier for x in self.layers) for tier in Tier},
+            "moving_nbytes": self.moving_nbytes,
+            "peak_device_nbytes": self.peak_device_nbytes,
+            "peak_host_nbytes": self.peak_host_nbytes,
+            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            "prediction": None if prediction is None else dataclasses.asdict(prediction),
+            "layers": [{**dataclasses.asdict(x.size), "tier": x.tier.value} for x in self.layers],
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw which layer is where into a file; needs the extra ``offload-layers[plot]``."""
+        plot_plan(self, path)
+
+    def __str__(self) -> str:
+        total = sum(layer.size.stored_nbytes for layer in self.layers)
+        lines = [
+            f"{len(self.layers):,} layers, {format_size(total)}, computing on {self.device} with "
+            f"{format_size(self.vram)} of its memory"
+            + ("" if self.device.type == "cpu" else f" and {format_size(self.ram)} of the host's")
+        ]
+        for tier in Tier:
+            count = sum(layer.tier is tier for layer in self.layers)
+            if count:
+                lines.append(f"  {tier.value:<7}{count:>6,} layers  {format_size(self.nbytes_on(tier)):>9}")
+        lines.append(f"  peak   {format_size(self.peak_device_nbytes)} of weights on {self.device}")
+        if self.peak_host_nbytes:
+            lines[-1] += f", {format_size(self.peak_host_nbytes)} in host memory"
+        prediction = self.predict()
+        if prediction is not None:
+            lines.append(
+                f"  one forward of {self.rows:,} rows: {prediction.total_s:.3g} s (computation "
+                f"{prediction.compute_s:.3g} s, bus {prediction.bus_s:.3g} s, disk {prediction.disk_s:.3g} s)"
+            )
+            lines += self._more()
+        return "\n".join(lines)
+
+    def _more(self) -> list[str]:
+        """Say what more memory would give, where it would give at least a twentieth."""
+        now, lines = self.predict(), []
+        assert now is not None
+        for more in (2 * 10**9, 4 * 10**9, 8 * 10**9):
+            for what, given in (("vram", {"vram": more}), ("ram", {"ram": more})):
+                if what == "ram" and self.device.type == "cpu":
+                    continue
+                then = self.with_more(**given).predict()
+                assert then is not None
+                if then.total_s < 0.95 * now.total_s:
+                    lines.append(
+                        f"  {what} +{format_size(more)}: {now.total_s:.3g} -> {then.total_s:.3g} s a forward"
+                    )
+        return lines
+
+
+def make_plan(
+    sizes: Sequence[LayerSize],
+    *,
+    device: torch.device,
+    vram: int,
+    ram: int,
+    rows: int,
+    rates: Rates | None,
+    foreign_nbytes: int = 0,
+) -> Plan:
+    """Give each layer a tier.
+
+    Raises:
+        ConfigError: it cannot fit, and why.
+    """
+    if not sizes:
+        raise ConfigError("there is nothing to plan: no layer has weights")
+    largest = max(sizes, key=lambda size: size.nbytes)
+    room = vram - foreign_nbytes
+    everything = sum(size.nbytes for size in sizes)
+    if largest.nbytes > room:
+        taken = f", of which {format_size(foreign_nbytes)} are taken by others" if foreign_nbytes else ""
+        raise ConfigError(
+            f'layer "{largest.name}" needs {format_size(largest.nbytes)} on {device} while it computes, but '
+            f"vram is {format_size(vram)}{taken}. Give at least "
+            f"{format_size(largest.nbytes + foreign_nbytes)}."
+        )
+    _check_host(sizes, device, ram)
+    window = LARGEST_AHEAD * largest.nbytes
+    demands = [Demand(size.nbytes, float(size.numel)) for size in sizes]
+    stay_room = everything if everything <= room else max(0, room - IN_FLIGHT * largest.nbytes)
+    on_device = choose_residents(demands, room=stay_room, window=window)
+    if device.type == "cpu":  # the host is the device: what does not stay there is where it came from
+        on_host = frozenset(i for i, size in enumerate(sizes) if not size.is_on_disk) - on_device
+    else:
+        on_host = _host(sizes, on_device, device, ram=ram, window=window)
+    tiers = [
+        Tier.DEVICE if i in on_device else Tier.HOST if i in on_host else Tier.DISK for i in range(len(sizes))
+    ]
+    layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
+    return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes)
+
+
+def _check_host(sizes: Sequence[LayerSize], device: torch.device, ram: int) -> None:
+    """Refuse what takes more host memory than *ram*, whatever stays on the device."""
+    without = [size for size in sizes if not size.is_on_disk]  # their weights are in host memory anyway
+    needed = _fixed_nbytes(sizes, device)
+    if needed <= ram:
+        return
+    parts = [] if device.type == "cpu" else [f"{format_size(_RING_NBYTES)} for page-locked buffers"]
+    if without:
+        parts.append(f"the weights of {len(without):,} layers which no source can give again")
+    remedy = "Pass source=, so that weights may stay on disk, or give" if without else "Give"
+    raise ConfigError(
+        f"{format_size(needed)} of host memory are needed ({' and '.join(parts)}), but ram is "
+        f"{format_size(ram)}. {remedy} at least so much."
+    )
+
+
+def _fixed_nbytes(sizes: Sequence[LayerSize], device: torch.device) -> int:
+    ring = 0 if device.type == "cpu" else _RING_NBYTES
+    return ring + sum(size.stored_nbytes for size in sizes if not size.is_on_disk)
+
+
+def _host(
+    sizes: Sequence[LayerSize], on_device: frozenset[int], device: torch.device, *, ram: int, window: int
+) -> frozenset[int]:
+    """Return which of the layers that are not on the device stay in host memory."""
+    room = ram - _fixed_nbytes(sizes, device)
+    moving = [i for i, size in enumerate(sizes) if i not in on_device and size.is_on_disk]
+    demands = [Demand(sizes[i].stored_nbytes, float(sizes[i].numel)) for i in moving]
+    everything = sum(demand.nbytes for demand in demands)
+    passing = max((demand.nbytes for demand in demands), default=0)  # one layer on its way from disk
+    chosen = choose_residents(
+        demands, room=everything if everything <= room else max(0, room - passing), window=window
+    )
+    others = {i for i, size in enumerate(sizes) if not size.is_on_disk and i not in on_device}
+    return frozenset({moving[i] for i in chosen} | others)
+
+
+def _nbytes(size: LayerSize, tier: Tier) -> int:
+    return size.nbytes if tier is Tier.DEVICE else size.stored_nbytes

@@ -1,0 +1,20 @@
+"""How fast a machine moves and computes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a second is enough for.
+
+    Attributes:
+        disk_bytes_per_s: Reading from disk; ``math.inf`` if nothing is read from one.
+        bus_bytes_per_s: Copying from the host to the device; ``memory_bytes_per_s`` where they share memory.
+        memory_bytes_per_s: Reading the memory of the host.
+        flops: Operations of matrix products with many rows: two for each multiplication and addition.
+    """
+
+    disk_bytes_per_s: float
+    bus_bytes_per_s: float
+    memory_bytes_per_s: float
+    flops: float

@@ -1,0 +1,183 @@
+"""Threads, nested calls, generators and the end of the interpreter."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
+from offload_layers.testing import CountingSource, assert_invariants, residencies
+from torch import Tensor, nn
+
+WIDTH = 8
+RESTING = ("offload", "onload", "preparing")
+DISK: dict[str, Any] = {
+    **{f"{role}_{what}": "disk" for role in RESTING for what in ("dtype", "device")},
+    "computation_dtype": torch.float32,
+    "computation_device": "cpu",
+}
+X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def lent(model: nn.Module) -> int:
+    return sum(residency.leased_nbytes for residency in residencies(model))
+
+
+class Nested(nn.Module):
+    """Calls itself, and fails at some depth if told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH,), 0.5))
+        self.fails_at: int | None = None
+
+    def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+        if depth == self.fails_at:
+            raise RuntimeError(f"at depth {depth}")
+        return self(x * self.weight, depth - 1) + self.weight if depth else x  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_calls_itself() -> None:
+    plain = Nested()
+    source = CountingSource(plain.state_dict())
+    layer: Any = AutoWrappedModule(Nested(), **DISK, disk_map=source)
+    assert torch.equal(layer(X), plain(X))
+    assert source.reads == ["weight"]
+    layer.fails_at = 1
+    with pytest.raises(RuntimeError, match="at depth 1"):
+        layer(X)
+    layer.fails_at = None
+    assert lent(layer) == 0
+    assert torch.equal(layer(X), plain(X))
+    assert_invariants(layer)
+
+
+class Generating(nn.Module):
+    """Its forward returns before it has computed anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH,), 0.5))
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        for _ in range(3):
+            x = self.inner(x) * self.weight
+            yield x
+
+
+def test_a_generator_reads_real_weights_after_its_layer_has_returned() -> None:
+    torch.manual_seed(0)
+    plain = Generating()
+    model = enable_vram_management(
+        nn.Sequential(plain), {Generating: AutoWrappedModule}, DISK, None, {
+            f"0.{name}": tensor.clone() for name, tensor in plain.state_dict().items()
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    expected = list(Generating()(X))
+    assert all(torch.equal(a, b) for a, b in zip(model[0](X), expected, strict=True))
+    half = model[0](X)
+    next(half)
+    model[0].offload()  # in the middle
+    assert torch.equal(next(half), expected[1])
+    half.close()
+    model[0].offload()
+    assert_invariants(model)
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1e-6])
+def test_many_threads_in_one_model(limit: float | None) -> None:
+    model = enable_vram_management(
+        stack(), {nn.Linear: AutoWrappedLinear}, DISK, limit, CountingSource(stack().state_dict())
+    )
+    expected = stack()(X)
+    wrong: list[object] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(20):
+                    if not torch.equal(model(X), expected):
+                        wrong.append("another result")
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    model[0].offload()
+    assert_invariants(model)
+
+
+def test_a_thread_that_ends_leaves_nothing_borrowed() -> None:
+    model = enable_vram_management(
+        stack(), {nn.Linear: AutoWrappedLinear}, DISK, None, CountingSource(stack().state_dict())
+    )
+    budget = residencies(model)[0].budget
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                model(X)
+
+    before = budget.statistics().lent_nbytes
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    residencies(model)[0].schedule.prefetcher.settle()  # type: ignore[union-attr]
+    assert budget.statistics().lent_nbytes == before
+
+
+PROGRAM = """
+    import sys, time, torch
+    from torch import nn
+    from offload_layers import AutoWrappedLinear, enable_vram_management
+
+    class Slow(dict):
+        def __getitem__(self, name):
+            {slow}
+            return super().__getitem__(name).clone()
+
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    source = Slow(model.state_dict())
+    config = {{f"{{role}}_{{what}}": "disk" for role in ("offload", "onload", "preparing")
+              for what in ("dtype", "device")}}
+    config |= {{"computation_dtype": torch.float32, "computation_device": "cpu"}}
+    enable_vram_management(model, {{nn.Linear: AutoWrappedLinear}}, config, None, source)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 64))
+    print("done", flush=True)
+    {end}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise SystemExit(3)"])
+def test_the_interpreter_ends_while_weights_are_on_their_way(end: str) -> None:
+    program = textwrap.dedent(PROGRAM).format(slow="time.sleep(0.01)", end=end)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stdout == "done\n"
+    assert run.stderr == ""
+    assert run.returncode == (3 if end else 0)

@@ -1,0 +1,309 @@
+"""One call: all modules with parameters are managed, within the memory that was given, and given back."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import (
+    AutoTorchModule,
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    AutoWrappedNonRecurseModule,
+    ConfigError,
+    MissingTensorError,
+    Offloaded,
+    State,
+    offload,
+)
+from offload_layers._find import find_layers
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
+from torch import Tensor, nn
+
+WIDTH = 32
+
+
+class Attention(nn.Module):
+    """Own parameters, a child that its parent reads, and a buffer of a module without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        self.inner = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.rotary = Rotary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rotary(x) * self.scale
+        return self.inner(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(float(WIDTH)) / WIDTH, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table.cos()
+
+
+def block() -> nn.Module:
+    up, down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+    return nn.Sequential(nn.LayerNorm(WIDTH), up, nn.GELU(), down)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.rand(WIDTH))
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.attention = Attention()
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+            )
+            for _ in range(3)
+        )
+        self.batch = nn.BatchNorm1d(5)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.attention(self.embedding(ids) + self.token)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.lstm(self.batch(self.norm(x)))[0])  # type: ignore[no-any-return]
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def plain() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    nn.init.uniform_(net.batch.running_mean)  # a persistent buffer
+    return net.eval().requires_grad_(False)
+
+
+def skeleton() -> Net:
+    net = plain()
+    nn.init.zeros_(net.batch.running_mean)
+    ties: dict[nn.Parameter, nn.Parameter] = {}
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                meta = ties.setdefault(parameter, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                module._parameters[name] = meta
+    net.lstm._flat_weights = [getattr(net.lstm, name) for name in net.lstm._flat_weights_names]
+    return net
+
+
+def checkpoint() -> CountingSource:
+    return CountingSource(plain().state_dict())
+
+
+def biggest() -> int:
+    return sum(p.nbytes for p in plain().lstm.parameters())
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def test_every_parameter_belongs_to_one_layer() -> None:
+    net = plain()
+    faces = {found.name: found.face for found in find_layers(net)}
+    assert faces[""] is AutoWrappedNonRecurseModule
+    assert faces["attention"] is AutoWrappedNonRecurseModule
+    assert faces["attention.inner"] is AutoWrappedModule
+    assert faces["norm"] is AutoWrappedModule  # with its parametrization
+    assert faces["blocks.0.1"] is AutoWrappedLinear
+    assert faces["lstm"] is AutoWrappedModule
+    assert "attention.rotary" not in faces
+    owned = [id(p) for found in find_layers(net) for p in found.parameters()]
+    assert set(owned) == {id(p) for p in net.parameters()}
+    assert len(owned) == len(set(owned)) + 1  # the tied one, by both
+
+
+@pytest.mark.parametrize("ram", ["1GB", 120_000, 40_000])
+def test_results_are_those_of_the_plain_model(ram: str | int) -> None:
+    handle = offload(skeleton(), device="cpu", ram=ram, source=checkpoint())
+    for _ in range(3):
+        assert torch.equal(handle(IDS), plain()(IDS))
+        assert torch.equal(handle.model(IDS), plain()(IDS))
+    assert_invariants(handle.model)
+    handle.offload()
+    assert torch.equal(handle(IDS), plain()(IDS))
+
+
+def test_as_much_stays_as_fits() -> None:
+    source = checkpoint()
+    handle = offload(skeleton(), device="cpu", ram="1GB", source=source)
+    handle(IDS)
+    source.reads.clear()
+    handle(IDS)
+    assert source.reads == []
+    assert all(r.state is State.PREPARING for r in residencies(handle.model))
+    small = offload(skeleton(), device="cpu", ram=biggest(), source=checkpoint())
+    small(IDS)
+    assert sum(r.leased_nbytes for r in residencies(small.model)) <= biggest()
+
+
+def test_without_a_source_weights_stay_in_memory() -> None:
+    net = plain()
+    weight = net.blocks[0][1].weight
+    handle = offload(net, device="cpu", ram="1GB")
+    assert torch.equal(handle(IDS), plain()(IDS))
+    assert net.blocks[0][1].weight.data_ptr() == weight.data_ptr()
+
+
+def test_another_dtype_to_compute_in() -> None:
+    net, oracle = skeleton(), plain()
+    handle = offload(net.blocks, device="cpu", ram="1GB", source=_part("blocks."), dtype=torch.float64)
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    assert torch.equal(handle.model[0](x), oracle.blocks[0].double()(x))
+    small = offload(skeleton().blocks, device="cpu", ram=9000, source=_part("blocks."), dtype=torch.bfloat16)
+    assert torch.equal(small.model[1](x.bfloat16()), plain().blocks[1].bfloat16()(x.bfloat16()))
+
+
+def _part(prefix: str) -> CountingSource:
+    tensors = plain().state_dict()
+    return CountingSource({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+
+
+def test_given_back_plain() -> None:
+    net = skeleton()
+    with offload(net, device="cpu", ram="40kB", source=checkpoint()) as handle:
+        assert isinstance(net.head, AutoTorchModule)
+        assert repr(handle) == "<Offloaded Net: 17 layers on cpu>"
+        handle(IDS)
+    assert type(net.head) is nn.Linear
+    assert type(net) is Net
+    assert net.head.weight is net.embedding.weight
+    assert torch.equal(net(IDS), plain()(IDS))
+    assert torch.equal(copy.deepcopy(net)(IDS), plain()(IDS))
+    assert repr(handle) == "<Offloaded Net: given back>"
+    with pytest.raises(ConfigError, match="Net was given back"):
+        handle.offload()
+    assert handle.remove() is net
+
+
+def test_another_amount_while_it_runs() -> None:
+    handle = offload(skeleton(), device="cpu", ram="1GB", source=checkpoint())
+    handle(IDS)
+    handle.set_vram(biggest())
+    handle.offload()
+    assert torch.equal(handle(IDS), plain()(IDS))
+    assert sum(r.leased_nbytes for r in residencies(handle.model)) <= biggest()
+    handle.set_vram("1GB")
+    handle(IDS)
+    assert all(r.state is State.PREPARING for r in residencies(handle.model))
+
+
+def test_two_models_share_one_memory() -> None:
+    first = offload(skeleton(), device="cpu", ram=90_000, source=checkpoint())
+    second = offload(skeleton(), device="cpu", ram=90_000, source=checkpoint())
+    for handle in (first, second, first):
+        assert torch.equal(handle(IDS), plain()(IDS))
+    held = [sum(r.leased_nbytes for r in residencies(h.model)) for h in (first, second)]
+    assert sum(held) <= 90_000
+    first.offload()
+    for _ in range(2):
+        second(IDS)
+    assert sum(r.leased_nbytes for r in residencies(first.model)) == 0
+    assert sum(r.leased_nbytes for r in residencies(second.model)) >= held[1]
+
+
+def test_copies_are_ahead_on_a_device_with_a_bus() -> None:
+    with FakeDevice(bytes_per_s=1e6).installed() as device:
+        handle = offload(skeleton(), device="cpu", ram=100_000, source=checkpoint())
+        for _ in range(3):
+            assert torch.equal(handle(IDS), plain()(IDS))
+        assert device.peak_nbytes <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"ram": 100},
+            ConfigError,
+            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but vram is 100 B\. Give at least 33',
+        ),
+        ({"ram": "1G"}, ConfigError, "ram='1G' has the unknown unit"),
+        ({"dtype": "bf16"}, ConfigError, "dtype must be a torch.dtype or None; got 'bf16'"),
+        ({"device": "disk"}, ConfigError, "'disk' is no device"),
+        ({"storage_dtype": torch.float8_e4m3fn}, ConfigError, "needs a dtype to compute in"),
+        ({"source": None}, MissingTensorError, 'parameter "token" has no values'),
+        ({"source": {}}, MissingTensorError, 'the disk map has no tensor "token"'),
+    ],
+    ids=["too little", "unit", "dtype", "device", "storage", "no source", "empty source"],
+)
+def test_refused_with_nothing_changed(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    net = skeleton()
+    before = {name: id(parameter) for name, parameter in net.named_parameters()}
+    with pytest.raises(error, match=message):
+        offload(net, **{"device": "cpu", "ram": "1GB", "source": checkpoint()} | arguments)
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == before
+    assert not any(isinstance(module, AutoTorchModule) for module in net.modules())
+
+
+def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = skeleton()
+    before = {name: id(parameter) for name, parameter in net.named_parameters()}
+    source = checkpoint()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr("offload_layers._offload.load_unmanaged", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        offload(net, device="cpu", ram="1GB", source=source)
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == before
+    assert type(net) is Net
+    assert not [name for name in source.reads if name.endswith(("weight", "bias"))]
+
+
+def test_managed_models_are_refused() -> None:
+    handle = offload(skeleton(), device="cpu", ram="1GB", source=checkpoint())
+    assert isinstance(handle, Offloaded)
+    with pytest.raises(ConfigError, match='layer "" of Net is managed already; give it back first'):
+        offload(handle.model, device="cpu", ram="1GB")
+    with pytest.raises(ConfigError, match="Identity has no parameters to manage"):
+        offload(nn.Identity(), device="cpu", ram="1GB")
+    with pytest.raises(ConfigError, match=r"offload manages a torch\.nn\.Module; got int"):
+        offload(3, device="cpu")  # type: ignore[arg-type]
+
+
+class Library(Net):
+    """As the models of diffusers and transformers, it tells its device by a parameter."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def test_the_model_says_where_it_computes() -> None:
+    net, oracle = skeleton(), plain()
+    net.norm = oracle.norm = nn.Identity()  # type: ignore[assignment]  # torch pickles no parametrizations
+    net.__class__ = Library
+    handle = offload(net, device="cpu", ram="40kB", source=checkpoint())
+    assert next(net.parameters()).is_meta
+    assert handle.model.device == torch.device("cpu")
+    assert isinstance(net, Library)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(IDS), oracle(IDS))
+    restored = pickle.loads(pickle.dumps(net))
+    assert type(restored) is Library
+    assert torch.equal(restored(IDS), oracle(IDS))
+    assert torch.equal(net(IDS), oracle(IDS))
+    assert handle.remove() is net
+    assert type(net) is Library
+    assert torch.equal(net(IDS), oracle(IDS))

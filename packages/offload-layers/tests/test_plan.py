@@ -1,0 +1,171 @@
+"""Plans: what is where, what it costs, what more memory would give; refusals with reasons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offload_layers import ConfigError, Plan, Rates, Tier, plan
+from offload_layers._plan import LayerSize, make_plan
+from torch import nn
+
+GB = 10**9
+RATES = Rates(disk_bytes_per_s=2e9, bus_bytes_per_s=20e9, memory_bytes_per_s=500e9, flops=100e12)
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def make(count: int = 40, nbytes: int = GB // 2, *, on_disk: bool = True, **settings: Any) -> Plan:
+    sizes = [LayerSize(f"blocks.{i}", nbytes // 2, nbytes, nbytes, on_disk) for i in range(count)]
+    given = {"device": CUDA, "vram": 8 * GB, "ram": 16 * GB, "rows": 4096, "rates": RATES} | settings
+    return make_plan(sizes, **given)
+
+
+def counts(planned: Plan) -> tuple[int, ...]:
+    return tuple(sum(layer.tier is tier for layer in planned.layers) for tier in Tier)
+
+
+def test_the_device_first_then_the_host_then_the_disk() -> None:
+    assert counts(make(vram=40 * GB)) == (40, 0, 0)
+    assert counts(make()) == (14, 26, 0)  # two of the largest pass
+    assert counts(make(ram=4 * GB)) == (14, 6, 20)
+    assert counts(make(vram=GB // 2, ram=GB)) == (0, 0, 40)
+
+
+def test_on_a_cpu_there_is_one_memory() -> None:
+    assert counts(make(device=CPU, ram=0)) == (14, 0, 26)
+    with pytest.raises(ConfigError, match=r"20 GB of host memory are needed \(the weights of 40 layers"):
+        make(device=CPU, on_disk=False)
+
+
+def test_peaks() -> None:
+    planned = make()
+    assert planned.peak_device_nbytes == 14 * GB // 2 + 2 * GB // 2  # the limit cuts the third that passes
+    assert planned.peak_device_nbytes <= planned.vram
+    assert make(ram=4 * GB).peak_host_nbytes == 6 * GB // 2 + GB // 2 + (64 << 20)
+    assert make(vram=40 * GB).peak_device_nbytes == 20 * GB
+
+
+def test_others_on_the_device_count() -> None:
+    assert counts(make(foreign_nbytes=2 * GB)) == (10, 30, 0)
+    with pytest.raises(ConfigError, match=r"of which 7\.8 GB are taken by others\. Give at least 8\.3 GB"):
+        make(foreign_nbytes=int(7.8 * GB))
+
+
+def test_seconds() -> None:
+    everything = make(vram=40 * GB).predict()
+    assert everything is not None
+    assert everything.compute_s == pytest.approx(2 * 10e9 * 4096 / 100e12)
+    assert everything.total_s == everything.compute_s
+    moving = make(rows=1).predict()
+    assert moving is not None
+    assert moving.bus_s == pytest.approx(13 / 20)
+    assert moving.total_s == moving.bus_s  # it hides the computation
+    from_disk = make(rows=1, ram=4 * GB).predict()
+    assert from_disk is not None
+    assert from_disk.total_s == from_disk.disk_s == pytest.approx(10 / 2)
+    assert make(rates=None).predict() is None
+
+
+def test_more_memory() -> None:
+    planned = make(rows=1, ram=4 * GB)
+    assert planned.with_more(ram=20 * GB).nbytes_on(Tier.DISK) == 0
+    text = str(planned)
+    assert "40 layers, 20 GB, computing on cuda:0 with 8 GB of its memory and 4 GB of the host's" in text
+    assert "  disk       20 layers      10 GB" in text
+    assert "  one forward of 1 rows: 5 s (computation 0.04 s, bus 0.65 s, disk 5 s)" in text
+    assert "  vram +2 GB: 5 -> 4" in text
+    assert "  ram +8 GB: 5 -> 1" in text
+    assert "+" not in str(make(vram=40 * GB))
+
+
+def test_to_dict_is_json() -> None:
+    told = json.loads(json.dumps(make().to_dict()))
+    assert told["layers_on"] == {"device": 14, "host": 26, "disk": 0}
+    assert told["layers"][0]["tier"] in ("device", "host")
+    assert told["prediction"]["total_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"vram": 10**8},
+            r'layer "blocks.0" needs 500 MB on cuda:0 .* vram is 100 MB\. Give at least 500 MB\.',
+        ),
+        (
+            {"ram": 10**6},
+            r"67.1 MB of host memory are needed \(67.1 MB for page-locked buffers\), but ram is 1 MB",
+        ),
+        ({"on_disk": False}, "Pass source=, so that weights may stay on disk, or give at least so much"),
+        ({"count": 0}, "there is nothing to plan"),
+    ],
+    ids=["vram", "ram", "no source", "nothing"],
+)
+def test_refusals(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
+
+
+class TestOfCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for shard in range(2):
+            header = {
+                f"blocks.{10 * shard + i}.{name}": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+                for i in range(3)
+                for name, shape in (("weight", [64, 32]), ("bias", [64]))
+            }
+            text = json.dumps(header).encode()
+            path = tmp_path / f"model-{shard}.safetensors"
+            path.write_bytes(len(text).to_bytes(8, "little") + text)
+        return tmp_path
+
+    def test_only_headers_are_read(self, folder: Path) -> None:
+        planned = plan(folder, device="cpu", ram="1GB", rates=RATES)
+        assert [layer.size.name for layer in planned.layers] == [f"blocks.{i}" for i in (0, 1, 2, 10, 11, 12)]
+        assert planned.layers[0].size == LayerSize("blocks.0", 64 * 32 + 64, 4224, 4224)
+        files = sorted(folder.iterdir())
+        again = plan(files, device="cpu", ram="1GB", rates=RATES, dtype=torch.float32)
+        assert again.layers[0].size.nbytes == 2 * 4224
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\0" * 8,
+            b"\xff" * 16,
+            (5).to_bytes(8, "little") + b"{nope",
+            (2).to_bytes(8, "little") + b"[]",
+        ],
+    )
+    def test_no_checkpoint(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"x\.safetensors: no safetensors file"):
+            plan(path, device="cpu", ram="1GB", rates=RATES)
+
+    def test_bad_paths(self, tmp_path: Path, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="No such file"):
+            plan(tmp_path / "missing", device="cpu", ram="1GB", rates=RATES)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ConfigError, match=r"no \*\.safetensors file in this folder"):
+            plan(tmp_path / "empty", device="cpu", ram="1GB", rates=RATES)
+        with pytest.raises(ConfigError, match=r'tensor "blocks\.0\.weight" is in another of the files too'):
+            plan([folder, folder / "model-0.safetensors"], device="cpu", ram="1GB", rates=RATES)
+
+
+def test_of_a_model_and_of_a_mapping() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    of_model = plan(model, device="cpu", ram="1MB", rates=RATES)
+    of_mapping = plan(dict(model.state_dict()), device="cpu", ram="1MB", rates=RATES)
+    assert (
+        [x.size.nbytes for x in of_model.layers] == [x.size.nbytes for x in of_mapping.layers] == [288, 144]
+    )
+    assert not any(x.size.is_on_disk for x in of_model.layers)
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    make(ram=4 * GB).plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
