@@ -126,6 +126,31 @@ def ours(folder: Path, *, mmap: bool) -> nn.Module:
     return layers.enable_vram_management(skeleton(), faces, on_disk(torch.bfloat16), None, source)
 
 
+class BesideReading(nn.Module):
+    """The plain model, while another thread reads the same bytes: what reading costs at the very least."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.model = plain(folder)
+        self.config = self.model.config
+        self.folder = folder
+        self.buffer = bytearray(PIECE)
+
+    def read(self) -> None:
+        for name in files(self.folder):
+            with open(name, "rb", buffering=0) as file:
+                for start in range(0, os.path.getsize(name), PIECE):
+                    os.preadv(file.fileno(), [self.buffer], start)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        thread = threading.Thread(target=self.read)
+        thread.start()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            thread.join()
+
+
 def half_resident(folder: Path) -> nn.Module:
     import offload_layers
     from safemap import DiskMap
@@ -178,6 +203,7 @@ def diffusers(folder: Path, *, level: str, disk: bool) -> nn.Module:
 
 
 SUBJECTS: dict[str, Callable[[Path], nn.Module]] = {
+    "floor: plain beside a reader": BesideReading,
     "offload-layers, disk, mmap": lambda f: ours(f, mmap=True),
     "offload-layers, disk, read": lambda f: ours(f, mmap=False),
     "offload-layers, half resident": half_resident,

@@ -22,11 +22,13 @@ from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
 from offload_layers._presented import end_presenting, present
+from offload_layers._progress import watched
 from offload_layers._rates import Rates
 from offload_layers._replace import disable_vram_management
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype, with_ties
+from offload_layers._state import State
 from offload_layers._tier import Tier
 
 _log = logging.getLogger("offload_layers.offload")
@@ -57,7 +59,9 @@ class Offloaded:
 
     def onload(self) -> None:
         """Bring what the plan keeps in host memory there: the model is needed soon."""
-        for layer in self._managed():
+        coming = [(layer, _host_nbytes(layer)) for layer in self._managed()]
+        label, nbytes = f"Loading {type(self.model).__name__}", sum(size for _, size in coming)
+        for layer in watched(coming, label=label, nbytes=nbytes):
             layer.onload()
         _move_buffers(self.model, self.plan.device)
 
@@ -341,6 +345,15 @@ def _policy(
         return Policy(host, host, computation, computation)
     on_host = tier is Tier.HOST
     return Policy(DISK, host if on_host else DISK, computation, computation)
+
+
+def _host_nbytes(layer: AutoTorchModule) -> int:
+    """Return the bytes that going to ONLOAD reads."""
+    residency = layer._owner()
+    onload = residency.policy.onload
+    if onload.is_disk or residency.state is not State.OFFLOAD:
+        return 0
+    return sum(weight.nbytes_in(onload) for weight in residency.weights if weight.registered.is_meta)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
