@@ -169,3 +169,27 @@ def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     make(ram=4 * GB).plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer_blocks.0.img_mod.1",
+        "blocks.3.adaLN_modulation.1",
+        "single_transformer_blocks.7.norm.linear",
+        "time_text_embed.timestep_embedder.linear_1",
+        "time_embedding.0",
+        "modulation",
+    ],
+)
+def test_modulations_are_computed_for_one_row(name: str) -> None:
+    size = LayerSize(name, 10, 20, 20)
+    assert size.is_computed_once
+    assert size.work(4096) == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up", "norm.weight", "blocks.0.attn.to_q", "sometimes.x", ""]
+)
+def test_other_layers_are_computed_for_all(name: str) -> None:
+    assert LayerSize(name, 10, 20, 20).work(4096) == 40960

@@ -37,6 +37,7 @@ _CPU = torch.device("cpu")
 Size = str | int
 #: of the memory that is free: what ``"auto"`` takes, and leaves the rest to activations and to others
 AUTO_SHARE = 0.8
+_TYPICAL_ROWS = 4096  # tokens of a picture of 1024 by 1024
 
 
 class Offloaded:
@@ -148,7 +149,7 @@ def offload(
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
     sizes = [_size(layer, checked, dtype, storage_dtype) for layer in found]
-    plan = _plan(sizes, target, vram, ram, rows=1, rates=None)
+    plan = _plan(sizes, target, vram, ram, rows=_TYPICAL_ROWS, rates=None)
 
     schedule = Schedule()
     computation = Placement(target, dtype)
@@ -184,7 +185,7 @@ def plan(
     source: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
-    rows: int = 4096,
+    rows: int = _TYPICAL_ROWS,
     rates: Rates | None = None,
 ) -> Plan:
     """Say what `offload` would do with the same arguments, and what a forward would take; change nothing.

@@ -12,6 +12,7 @@ Note [Peaks]
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,12 @@ from offload_layers._tier import Tier
 #: of the largest layer: what is on the device beside the residents
 PASSING = 1 + LARGEST_AHEAD
 _RING_NBYTES = 2 * CHUNK
+#: layers that are computed for the time step alone, not for every token. Source: the names of the transformers
+#: in diffusers and DiffSynth-Studio, where they hold up to a third of the weights
+_COMPUTED_ONCE = re.compile(
+    r"(^|[._])(mod|modulation|ada_?ln\w*|time\w*|temb|guidance\w*)([._]|$)|(^|\.)norm\w*\.linear$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,15 @@ class LayerSize:
     nbytes: int
     stored_nbytes: int
     is_on_disk: bool = True
+
+    @property
+    def is_computed_once(self) -> bool:
+        """Whether the layer is computed for one row of input only, as its name tells: a modulation."""
+        return _COMPUTED_ONCE.search(self.name) is not None
+
+    def work(self, rows: int) -> float:
+        """Return the multiplications that a forward with *rows* rows takes."""
+        return float(self.numel * (1 if self.is_computed_once else rows))
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,8 @@ class Plan:
         device: That computes.
         vram, ram: Bytes of the device and of the host that may be used.
         layers: In order.
-        rows: Rows of the input of a layer (tokens, pixels) that the prediction is for.
+        rows: Rows of the input of a layer (tokens, pixels) that the prediction is for. Attention between
+            them has no weights and is left out.
         rates: Of this machine; None: no prediction of times.
         foreign_nbytes: Bytes of the device that are taken by others.
     """
@@ -134,7 +151,7 @@ class Plan:
         if rates is None:
             return None
         compute = sum(
-            max(2.0 * x.size.numel * self.rows / rates.flops, x.size.nbytes / rates.memory_bytes_per_s)
+            max(2.0 * x.size.work(self.rows) / rates.flops, x.size.nbytes / rates.memory_bytes_per_s)
             for x in self.layers
         )
         bus = self.moving_nbytes / rates.bus_bytes_per_s
@@ -247,13 +264,13 @@ def make_plan(
         )
     _check_host(sizes, device, ram)
     window = LARGEST_AHEAD * largest.nbytes
-    demands = [Demand(size.nbytes, float(size.numel)) for size in sizes]
+    demands = [Demand(size.nbytes, size.work(rows)) for size in sizes]
     stay_room = everything if everything <= room else max(0, room - IN_FLIGHT * largest.nbytes)
     on_device = choose_residents(demands, room=stay_room, window=window)
     if device.type == "cpu":  # the host is the device: what does not stay there is where it came from
         on_host = frozenset(i for i, size in enumerate(sizes) if not size.is_on_disk) - on_device
     else:
-        on_host = _host(sizes, on_device, device, ram=ram, window=window)
+        on_host = _host(sizes, on_device, device, ram=ram, rows=rows, window=window)
     tiers = [
         Tier.DEVICE if i in on_device else Tier.HOST if i in on_host else Tier.DISK for i in range(len(sizes))
     ]
@@ -283,12 +300,18 @@ def _fixed_nbytes(sizes: Sequence[LayerSize], device: torch.device) -> int:
 
 
 def _host(
-    sizes: Sequence[LayerSize], on_device: frozenset[int], device: torch.device, *, ram: int, window: int
+    sizes: Sequence[LayerSize],
+    on_device: frozenset[int],
+    device: torch.device,
+    *,
+    ram: int,
+    rows: int,
+    window: int,
 ) -> frozenset[int]:
     """Return which of the layers that are not on the device stay in host memory."""
     room = ram - _fixed_nbytes(sizes, device)
     moving = [i for i, size in enumerate(sizes) if i not in on_device and size.is_on_disk]
-    demands = [Demand(sizes[i].stored_nbytes, float(sizes[i].numel)) for i in moving]
+    demands = [Demand(sizes[i].stored_nbytes, sizes[i].work(rows)) for i in moving]
     everything = sum(demand.nbytes for demand in demands)
     passing = max((demand.nbytes for demand in demands), default=0)  # one layer on its way from disk
     chosen = choose_residents(
