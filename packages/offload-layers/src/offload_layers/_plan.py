@@ -32,7 +32,7 @@ from offload_layers._tier import Tier
 #: of the largest layer: what is on the device beside the residents
 PASSING = 1 + LARGEST_AHEAD
 _RING_NBYTES = 2 * CHUNK
-#: layers that are computed for the time step alone, not for every token. Source: the names of the transformers
+#: layers that compute for the time step alone, not for every token. Source: the names of the transformers
 #: in diffusers and DiffSynth-Studio, where they hold up to a third of the weights
 _COMPUTED_ONCE = re.compile(
     r"(^|[._])(mod|modulation|ada_?ln\w*|time\w*|temb|guidance\w*)([._]|$)|(^|\.)norm\w*\.linear$",

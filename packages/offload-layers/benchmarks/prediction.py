@@ -1,0 +1,136 @@
+"""How well does a plan predict what a forward takes, in seconds and in memory?
+
+``python prediction.py`` makes a checkpoint, plans it from its headers and a probe of the machine, runs the
+model within the same memory on the CPU, and puts fact beside prediction. The probe is made again for each row,
+in the same minute, since machines change their speed. Needs diffusers, safemap and skipinit.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from disk_offload import (
+    TOKENS,
+    PeakOfAnonymous,
+    files,
+    inputs,
+    make_checkpoint,
+    memory,
+    model_class,
+    skeleton,
+)
+from offload_layers import offload, plan
+from offload_layers._budget import budget_of
+from safemap import DiskMap
+
+LINE = "{:>8} {:>9} {:>11} {:>11} {:>7} {:>11} {:>11} {:>7}"
+SHARES = (1.1, 0.5, 0.1)  # of the model's bytes
+
+
+@torch.no_grad()
+def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, Any]:
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    ram = int(share * nbytes)
+    side, text = TOKENS[tokens]
+    planned = plan(files(folder), device="cpu", ram=ram, rows=side * side + text)
+    predicted = planned.predict()
+    assert predicted is not None
+
+    model = skeleton()
+    before = memory()["RssAnon"]
+    handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
+    arguments = inputs(model, tokens)
+    taken = []
+    with PeakOfAnonymous() as sampled:
+        for number in range(rounds + 2):
+            start = time.perf_counter()
+            handle(**arguments)
+            if number >= 2:  # the order is learned, and who stays is chosen
+                taken.append(time.perf_counter() - start)
+    lent = budget_of(torch.device("cpu")).statistics().peak_nbytes
+    seconds = statistics.median(taken)
+    del handle, model
+    gc.collect()
+    return {
+        "ram_nbytes": ram,
+        "tokens": tokens,
+        "predicted_s": predicted.total_s,
+        "forward_s": seconds,
+        "forwards_s": sorted(taken),
+        "predicted_peak_nbytes": planned.peak_device_nbytes,
+        "peak_nbytes": lent,
+        "peak_anonymous_nbytes": sampled.peak - before,
+        "rates": planned.to_dict()["rates"],
+        "prediction": planned.to_dict()["prediction"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
+    parser.add_argument("--rounds", type=int, default=5, help="forwards (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        folder, share, tokens = options.measure
+        print(json.dumps(measure(Path(folder), float(share), tokens, options.rounds)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        make_checkpoint(folder)
+        rows = []
+        print(
+            LINE.format(
+                "tokens", "ram MB", "predicted s", "forward s", "error", "predicted MB", "peak MB", "error"
+            )
+        )
+        for share in SHARES:
+            for tokens in TOKENS:
+                # each in a process of its own, whose books begin at zero
+                arguments = ["--measure", str(folder), str(share), tokens, "--rounds", str(options.rounds)]
+                command = [sys.executable, __file__, *arguments, "--threads", str(options.threads)]
+                run = subprocess.run(command, capture_output=True, text=True, check=True)
+                row = json.loads(run.stdout.strip().splitlines()[-1])
+                rows.append(row)
+                cells = (
+                    f"{row['ram_nbytes'] / 1e6:.0f}",
+                    f"{row['predicted_s']:.3f}",
+                    f"{row['forward_s']:.3f}",
+                    f"{row['predicted_s'] / row['forward_s'] - 1:+.0%}",
+                    f"{row['predicted_peak_nbytes'] / 1e6:.0f}",
+                    f"{row['peak_nbytes'] / 1e6:.0f}",
+                    f"{row['predicted_peak_nbytes'] / row['peak_nbytes'] - 1:+.0%}",
+                )
+                print(LINE.format(tokens, *cells), flush=True)
+    if options.output:
+        machine: dict[str, Any] = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+        }
+        text = {
+            "date": str(datetime.date.today()),
+            "machine": machine,
+            "threads": options.threads,
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(text, indent=1))
+
+
+if __name__ == "__main__":
+    model_class()
+    main()
