@@ -1,8 +1,8 @@
 """How well does a plan predict what a forward takes, in seconds and in memory?
 
 ``python prediction.py`` makes a checkpoint, plans it from its headers and a probe of the machine, runs the
-model within the same memory on the CPU, and puts fact beside prediction. The probe is made again for each row,
-in the same minute, since machines change their speed. Needs diffusers, safemap and skipinit.
+model within the same memory on the CPU, and puts fact beside prediction. The probe is made again for each
+row, in the same minute, since machines change their speed. Needs diffusers, safemap and skipinit.
 """
 
 import argparse
