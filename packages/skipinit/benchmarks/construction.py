@@ -107,8 +107,31 @@ class Floor:
             setattr(owner, name, value)
 
 
+def dispatch() -> AbstractContextManager[Any]:
+    """The least that a function mode can do: no value is kept, nothing is checked, no buffer is right."""
+    import torch
+    from torch import nn
+    from torch.overrides import TorchFunctionMode
+
+    factories = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
+    initializers = {getattr(nn.init, name) for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_")}
+    empty, meta = torch.empty, torch.device("meta")
+
+    class Dispatch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in factories:
+                return empty(*args, **{**(kwargs or {}), "device": meta})
+            if function in initializers:
+                return args[0] if args else kwargs["tensor"]
+            return function(*args, **kwargs) if kwargs else function(*args)
+
+    mode: AbstractContextManager[Any] = Dispatch()
+    return mode
+
+
 CONTENDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "floor": Floor,
+    "dispatch": dispatch,
     "skipinit": skipinit,
     "original": original,
     "accelerate": accelerate,
@@ -252,7 +275,8 @@ def main() -> None:
             "rows": rows,
         }
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{now:%Y-%m-%d}-{machine}.json"
+        which = f"-{options.models[0]}" if len(options.models) == 1 else ""
+        path = RESULTS / f"{now:%Y-%m-%d}-{machine}{which}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: {path.name}")
 

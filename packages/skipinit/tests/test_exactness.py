@@ -265,9 +265,21 @@ class OwnReset(nn.Linear):
         self.seen = self.weight.tolist()
 
 
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(3, 2))
+
+
+class CountedLinear(nn.Linear, Counted):
+    """The constructor of `nn.Linear` finds a parameter when it begins."""
+
+
 class LinearVariants(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.counted = CountedLinear(2, 3, bias=False)
+        self.count = self.counted.count.tolist()
         self.own = OwnReset(3, 2)
         self.plain = nn.Linear(3, 2, bias=False)
         self.again = nn.Linear(2, 2)

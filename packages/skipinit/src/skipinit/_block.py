@@ -46,14 +46,13 @@ class Block:
     def current() -> "Block | None":
         """The block that the calling thread and task are in."""
         block = _entered.get()
-        if block is None or block._thread != threading.get_ident() or not block.is_current():
-            return None
-        return block
+        return block if block is not None and block.is_current() else None
 
     def is_current(self) -> bool:
-        """Whether the running task, on this block's thread, is the one that opened the block."""
+        """Whether this thread and this task are those that opened the block."""
         loop = _running_loop()
-        return self.depth > 0 and self._task is (None if loop is None else asyncio.current_task(loop))
+        task = None if loop is None else asyncio.current_task(loop)
+        return self._task is task and self._thread == threading.get_ident() and self.depth > 0
 
     def open(self) -> None:
         _entered.set(self)
@@ -74,8 +73,8 @@ class Block:
             _push_mode(mode)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             for parameter in self.parameters.values():
-                if storage_address(parameter) not in self.log.storages:  # ``parameter.data = ...``
-                    self._empty(parameter)
+                if storage_address(parameter) not in self.log.storages:  # since ``parameter.data = ...``
+                    self.take_storage(parameter)
             with contextlib.suppress(*([PendingValueError] if failed else [])):
                 self._give_values()
             if self.device.type != "meta":
@@ -111,21 +110,11 @@ class Block:
             else:
                 self.log.materialize(tensor)
 
-    def note(self, parameter: nn.Parameter) -> bool:
-        """A module registers *parameter*. Returns whether it was pending."""
-        self.parameters[id(parameter)] = parameter
-        if storage_address(parameter) in self.log.storages:
-            return True
-        with torch._C.DisableTorchFunction():
-            self._empty(parameter)
-        return False
-
-    def _empty(self, parameter: nn.Parameter) -> None:
-        """Take the storage of a real *parameter* whose data this block made."""
-        if _has_own_rules(parameter) or parameter.untyped_storage() not in self.log.made:
-            return
-        with contextlib.suppress(PendingValueError):  # C++ code holds it; that costs memory only
-            self.log.adopt(parameter)
+    def take_storage(self, parameter: nn.Parameter) -> None:
+        """Make a *parameter* pending whose real data this block made."""
+        with torch._C.DisableTorchFunction(), contextlib.suppress(PendingValueError):
+            if not _has_own_rules(parameter) and parameter.untyped_storage() in self.log.made:
+                self.log.adopt(parameter)  # unless C++ code holds it: then it stays real
 
 
 def _has_own_rules(parameter: Tensor) -> bool:
@@ -134,20 +123,22 @@ def _has_own_rules(parameter: Tensor) -> bool:
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if _entered.get() is not None and parameter is not None:
-        block = Block.current()
-        if block is not None and block.note(parameter) and name == "weight":
-            expect_reset(module, block.log)
+    block = _entered.get()
+    if block is not None and parameter is not None and block.is_current():
+        block.parameters[id(parameter)] = parameter
+        if storage_address(parameter) not in block.log.storages:
+            block.take_storage(parameter)
+        elif name == "weight":
+            expect_reset(module, parameter, block.log)
 
 
 def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """A buffer will be needed for certain, and TorchScript must find it real."""
-    if _entered.get() is not None and buffer is not None:
-        block = Block.current()
-        if block is not None:
-            with torch._C.DisableTorchFunction():
-                if block.log.find(buffer) is not None:
-                    block.log.materialize(buffer)
+    block = _entered.get()
+    if block is not None and buffer is not None and block.is_current():
+        with torch._C.DisableTorchFunction():
+            if block.log.find(buffer) is not None:
+                block.log.materialize(buffer)
 
 
 register_module_parameter_registration_hook(_note_parameter)

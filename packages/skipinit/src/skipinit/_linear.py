@@ -17,28 +17,28 @@ from ._pending import Log, storage_address
 
 _CONSTRUCTOR = nn.Linear.__init__.__code__
 _RESET = nn.Linear.reset_parameters
+NO_KEYWORDS: dict[str, Any] = {}
 _INITIALIZERS = nn.init.kaiming_uniform_, nn.init.uniform_
 
 
-def expect_reset(module: Any, log: Log) -> None:
-    """Prepare the *module* whose weight is being registered; called by the hook for registrations."""
+def expect_reset(module: Any, weight: nn.Parameter, log: Log) -> None:
+    """Prepare the *module* whose *weight* is being registered; called by the hook for registrations."""
     # frames: 0 this, 1 the hook, 2 register_parameter, 3 __setattr__, 4 whose statement registers it
     if sys._getframe(4).f_code is _CONSTRUCTOR and type(module).reset_parameters is _RESET:
-        module.__dict__["reset_parameters"] = functools.partial(_put_reset_off, module, log)
+        module.__dict__["reset_parameters"] = functools.partial(_put_reset_off, module, weight, log)
 
 
-def _put_reset_off(module: nn.Linear, log: Log) -> None:
+def _put_reset_off(module: nn.Linear, weight: nn.Parameter, log: Log) -> None:
     del module.__dict__["reset_parameters"]
-    storages = []
-    for parameter in (module._parameters["weight"], module._parameters["bias"]):
-        if type(parameter) is nn.Parameter:
-            storages.append(log.storages.get(storage_address(parameter)))
-        elif parameter is not None:
-            storages.append(None)
-    pending = [storage for storage in storages if storage is not None]
-    initializers = nn.init.kaiming_uniform_, nn.init.uniform_  # some libraries replace them
-    if len(pending) == len(storages) and initializers == _INITIALIZERS:
-        log.write(pending, reset_linear, (module.in_features, *pending), {})
+    bias = module._parameters.get("bias")
+    parameters = [weight] if bias is None else [weight, bias]
+    storages = [log.storages[a] for p in parameters if (a := storage_address(p)) in log.storages]
+    if (
+        len(storages) == len(parameters)
+        and module._parameters["weight"] is weight  # hooks of others may have replaced it
+        and (nn.init.kaiming_uniform_, nn.init.uniform_) == _INITIALIZERS  # as some libraries do with these
+    ):
+        log.write(storages, reset_linear, (module.in_features, *storages), NO_KEYWORDS)
     else:
         module.reset_parameters()
 

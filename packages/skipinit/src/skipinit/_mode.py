@@ -105,7 +105,9 @@ class BlockMode(TorchFunctionMode):
     def _make(self, factory: Function, arguments: Sequence[Any], keywords: dict[str, Any]) -> Tensor | None:
         """A pending tensor; None if this call has to run plainly."""
         options = {name: value for name, value in keywords.items() if value is not None}
-        if not options.keys() <= DEFERRABLE or _dispatch_modes():  # a FakeTensorMode has no storage to save
+        if options and not options.keys() <= DEFERRABLE:
+            return None
+        if _dispatch_modes():  # a FakeTensorMode has no storage to save
             return None
         device = self._resolve(options.get("device"))
         if device is META:
@@ -118,6 +120,8 @@ class BlockMode(TorchFunctionMode):
             tensor = _FULL(*arguments, **options)
             factory = functools.partial(_FULL, fill_value=value)
         else:
+            if len(arguments) == 1 and type(arguments[0]) is tuple and arguments[0]:
+                arguments = arguments[0]  # torch parses separate sizes faster
             tensor = _EMPTY(*arguments, **options)
         length = tensor.numel()
         if not length:

@@ -88,7 +88,7 @@ class Storage:
 
     def __init__(self, factory: Function, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.factory, self.length, self.dtype, self.device = factory, length, dtype, device
-        self.calls: list[Call] = []
+        self.calls: list[Call] | None = None  # most storages are used by one call or none
         self.value: torch.UntypedStorage | None = None
 
 
@@ -109,7 +109,7 @@ class Call:
     ) -> None:
         self.order, self.function, self.arguments, self.keywords = order, function, arguments, keywords
         self.storages = storages  # all that it reads, writes or makes
-        self.results: list[Tensor] = []
+        self.results: tuple[Tensor, ...] = ()
         self.default_dtype = torch.get_default_dtype()
         self.is_done = False
 
@@ -183,7 +183,10 @@ class Log:
         """Put a call off that uses *storages*; its arguments are frozen, or hold whole storages."""
         call = Call(next(self._orders), function, arguments, keywords, storages)
         for storage in storages:
-            storage.calls.append(call)
+            if storage.calls is None:
+                storage.calls = [call]
+            else:
+                storage.calls.append(call)
         return call
 
     def promise(self, call: Call, results: Iterable[Tensor], device: torch.device) -> None:
@@ -192,8 +195,8 @@ class Log:
             storage = self.find(result) or self._add_empty(result, device)
             if storage not in call.storages:
                 call.storages.append(storage)
-                storage.calls.append(call)
-            call.results.append(self._alias(result))
+                storage.calls = [call]
+            call.results += (self._alias(result),)
 
     def _alias(self, tensor: Tensor) -> Tensor:
         alias = view_of(tensor.untyped_storage(), tensor)
@@ -223,7 +226,7 @@ class Log:
         connected: set[Call] = set()
         to_visit = [storage]
         while to_visit:
-            for call in to_visit.pop().calls:
+            for call in to_visit.pop().calls or ():
                 if not call.is_done and call not in connected:
                     connected.add(call)
                     to_visit.extend(call.storages)
