@@ -235,6 +235,57 @@ def test_only_the_bytes_of_a_part_are_read(tmp_path: Path, save, monkeypatch: py
     assert sum(read) == 8_000_000
 
 
+PARTS = {
+    "rows": slice(100, 900),
+    "narrow columns": (slice(None), slice(10, 20)),
+    "wide block": (slice(3, 5), slice(10, 900)),
+    "all": ...,
+    "nothing": slice(3, 3),
+}
+
+
+@pytest.mark.parametrize("key", PARTS.values(), ids=PARTS.keys())
+def test_parts_into_memory_given(key, path: str, tensors: dict[str, Tensor]) -> None:
+    """Contiguous or not, of the stored dtype or another; what lies around is left alone."""
+    for dtype in (torch.bfloat16, torch.float32):
+        expected = tensors["embedding"][key].to(dtype)
+        part = DiskMap(path).slice("embedding")
+        out = torch.empty(expected.shape, dtype=dtype)
+        assert part.read_into(key, out) is out
+        assert_same(out, expected)
+        frame = torch.full((expected.shape[0], expected.shape[1] + 2), 5, dtype=dtype)
+        part.read_into(key, frame[:, 1:-1])
+        assert_same(frame[:, 1:-1].contiguous(), expected)
+        assert frame[:, [0, -1]].eq(5).all()
+
+
+def test_parts_into_unfit_memory(path: str) -> None:
+    disk_map = DiskMap(path)
+    with pytest.raises(
+        MismatchError, match=r'the part of tensor "blocks\.0\.weight" has shape \[3, 32\]; the'
+    ):
+        disk_map.slice("blocks.0.weight").read_into(slice(2, 5), torch.empty(4, 32))
+    with pytest.raises(MismatchError, match="would drop its imaginary part"):
+        disk_map.slice("spectrum").read_into(..., torch.empty(5))
+    for key in (0, slice(None, None, 2)):
+        with pytest.raises(TypeError, match="only slices with step 1 can be read into memory given"):
+            disk_map.slice("blocks.0.weight").read_into(key, torch.empty(32))
+
+
+@pytest.mark.parametrize(
+    ("width", "stop", "nbytes"),
+    [(4096, 1024, 3 * 4096), (4096, 1023, 3 * 16384), (1024, 512, 3 * 4096), (2048, 1024, 3 * 4096)],
+    ids=["a page", "less than a page", "half a page of two", "a page beside a page"],
+)
+def test_bytes_of_columns(width: int, stop: int, nbytes: int, tmp_path: Path, save) -> None:
+    """Runs of a page or more, with gaps of a page or more, are read alone; else rows are read."""
+    tensor = torch.randn(3, width)
+    part = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor})).slice("t")
+    assert part.nbytes((slice(None), slice(stop))) == nbytes
+    assert part.nbytes((slice(1, 2), slice(stop))) == stop * 4, "one row is one run"
+    assert_same(part[:, :stop], tensor[:, :stop])
+
+
 # ---------------------------------------------------------------------- device, threads
 
 

@@ -32,7 +32,7 @@ class Computed:
 
     def info(self) -> TensorInfo:
         """Return dtype, shape and the bytes that must be read; file and offset only if they are unique."""
-        ranges = self._ranges()
+        ranges = self._ranges(self.view)
         paths = {file.path for file, _, _ in ranges}
         is_one = len(ranges) == 1 and ranges[0][2] == self.view.nbytes
         return TensorInfo(
@@ -45,13 +45,13 @@ class Computed:
 
     def nbytes(self) -> int:
         """Return how many bytes of files an evaluation reads."""
-        return sum(nbytes for _, _, nbytes in self._ranges())
+        return sum(nbytes for _, _, nbytes in self._ranges(self.view))
 
     def entries(self) -> list[Entry]:
         """Return what is read, as byte tensors."""
         return [
             (file, Layout("U8", torch.uint8, (nbytes,), nbytes), offset)
-            for file, offset, nbytes in self._ranges()
+            for file, offset, nbytes in self._ranges(self.view)
         ]
 
     def read(self, name: str, reader: Reader) -> Tensor:
@@ -61,6 +61,15 @@ class Computed:
     def read_ranges(self, name: str, reader: Reader, cuts: Cuts) -> Tensor:
         """Return ``tensor[start:stop, ...]`` as ``read`` would, reading no more than it needs."""
         return self._read(name, reader, self.view.cut(cuts))
+
+    def read_ranges_into(self, reader: Reader, cuts: Cuts, out: Tensor) -> None:
+        """Fill *out*, of the shape of the part, converting to its dtype."""
+        view = self.view.cut(cuts)
+        self._evaluation(reader, view).result_into(view, out)
+
+    def ranges_nbytes(self, cuts: Cuts) -> int:
+        """Return how many bytes of files reading a part takes."""
+        return sum(nbytes for _, _, nbytes in self._ranges(self.view.cut(cuts)))
 
     def read_into(self, name: str, reader: Reader, out: Tensor) -> None:
         """Evaluate into *out*, converting to its dtype."""
@@ -87,10 +96,10 @@ class Computed:
     def _evaluation(self, reader: Reader, view: View) -> Evaluation:
         return Evaluation(reader, self.places, [view], self.converter)
 
-    def _ranges(self) -> list[tuple[File, int, int]]:
+    def _ranges(self, view: View) -> list[tuple[File, int, int]]:
         """Return (file, position, nbytes) of everything that is read."""
         found = []
-        for source, ranges in source_ranges([self.view]).items():
+        for source, ranges in source_ranges([view]).items():
             place = self.places[source.index]
             if not isinstance(place, Tensor):
                 found += [(place[0], place[1] + start, stop - start) for start, stop in ranges]

@@ -2,9 +2,10 @@
 
 import difflib
 import functools
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,10 +24,11 @@ from safemap._lazy_sources import Sources
 from safemap._lazy_together import find_members, read_together
 from safemap._lazy_value import Computed
 from safemap._parallel import default_threads
+from safemap._parts import part_of
 from safemap._paths import PathLike, find_files
 from safemap._prefetch import prefetch
 from safemap._read import Reader, Target
-from safemap._slice import Cuts, TensorSlice
+from safemap._slice import TensorSlice
 
 _SUGGEST_AMONG = 20_000  # names; beyond that looking for similar ones takes seconds
 
@@ -230,17 +232,7 @@ class DiskMap(Mapping[str, Tensor]):
 
     def slice(self, name: str) -> TensorSlice:
         """Return a handle on a tensor; indexing it, as in ``map.slice(name)[i:j]``, reads only that part."""
-        entry = self._find(name)
-
-        def read_ranges(cuts: Cuts) -> Tensor:
-            if isinstance(entry, Tensor):
-                ranges = tuple(slice(start, stop) for start, stop, _ in cuts)
-                return self._reader.finish(name, entry[ranges].clone())
-            if isinstance(entry, Computed):
-                return entry.read_ranges(name, self._reader, cuts)
-            return self._reader.read_ranges(name, entry, cuts)
-
-        return TensorSlice(name, self.info(name), read_ranges)
+        return TensorSlice(name, self.info(name), part_of(name, self._find(name), self._reader))
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start bringing tensors into the page cache; returns at once.  Purely a hint.
@@ -282,8 +274,6 @@ class DiskMap(Mapping[str, Tensor]):
         For reading beside something else that needs the cores, where one thread is enough.
         """
         self._check_open()
-        if self._options["mmap"]:
-            return self  # views are not read
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         twin._options = {**self._options, "threads": threads}
@@ -365,6 +355,13 @@ class DiskMap(Mapping[str, Tensor]):
             return self._reader.finish(name, leaf.clone()) if isinstance(leaf, Tensor) else leaf
 
         return map_leaves(self._others[name], load)
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return uninitialized memory where tensors of this map go."""
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        flat = self._reader.allocate(math.prod(shape), dtype, pin=bool(self._options["pin_memory"]))
+        return flat.view(shape)
 
     def _missing(self, name: object) -> MissingTensorError:
         near: list[str] = []

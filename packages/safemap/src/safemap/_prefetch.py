@@ -27,9 +27,7 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
             for entry in parts:
                 _advise(entry)
 
-    if mappings is not None:
-        stored = [entry for entry in stored if mappings.lacks(entry)]
-    if CAN_ASK and (stored or parts):
+    if CAN_ASK:
         in_background(work)
 
 

@@ -5,6 +5,7 @@ Note [One call]
     one system call in the calling thread, and checked by another (Note [Changed files] in ``_file``).
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from safemap._layout import Entry, Layout
 from safemap._mapping import Mappings
 from safemap._parallel import for_each
 from safemap._readahead import ReadAhead
-from safemap._slice import Cuts, read_ranges
+from safemap._slice import Cuts, contiguous_run, ranges_nbytes, read_ranges
 
 DIRECT = 2 * MIB
 # from here on memory comes from the pool: malloc would also lend touched memory again, up to 32 MiB, but in a
@@ -110,11 +111,40 @@ class Reader:
 
     def read_ranges(self, name: str, entry: Entry, cuts: Cuts) -> Tensor:
         """Return ``tensor[start:stop, ...]``, in the dtype and on the device of the target."""
-        file, layout, offset = entry
+        file, layout, _ = entry
         if layout.stride is not None:  # its parts do not lie together
-            return self._read_any(name, entry)[tuple(slice(start, stop) for start, stop, _ in cuts)]
+            return self._read_any(name, entry)[_slices(cuts)]
+        part = self._part(cuts, layout.torch_dtype(name, file.path))
+        self.read_ranges_into(name, entry, cuts, part)
+        return self.finish(name, part)
+
+    def read_ranges_into(self, name: str, entry: Entry, cuts: Cuts, out: Tensor) -> None:
+        """Fill *out*, of the shape of the part, converting to its dtype."""
+        file, layout, offset = entry
+        if layout.stride is not None:
+            out.copy_(self._read_host(name, entry, out.dtype, pin=False)[_slices(cuts)])
+            return
         stored = layout.torch_dtype(name, file.path)
-        return self.finish(name, read_ranges(file, offset, stored, layout.shape, cuts))
+        run = contiguous_run(layout.shape, cuts)
+        if out.device.type != "cpu" or not out.is_contiguous() or (run is None and out.dtype != stored):
+            part = self._part(cuts, stored, pin=out.device.type == "cuda")
+            self.read_ranges_into(name, entry, cuts, part)
+            out.copy_(part)
+        elif run is not None:
+            self._fill(file, offset + run[0] * stored.itemsize, stored, out)
+        else:
+            read_ranges(file, offset, stored, layout.shape, cuts, out)
+
+    def ranges_nbytes(self, name: str, entry: Entry, cuts: Cuts) -> int:
+        """Return how many bytes reading a part takes."""
+        file, layout, _ = entry
+        if layout.stride is not None:
+            return layout.nbytes
+        return ranges_nbytes(layout.torch_dtype(name, file.path), layout.shape, cuts)
+
+    def _part(self, cuts: Cuts, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
+        extents = [stop - start for start, stop, _ in cuts]
+        return self.allocate(math.prod(extents), dtype, pin=pin).view(extents)
 
     def allocate(self, numel: int, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
         """Return uninitialized memory on the CPU, flat; large tensors lie in the pool."""
@@ -229,6 +259,10 @@ def _with_strides(elements: Tensor, layout: Layout) -> Tensor:
     """
     tensor = elements.as_strided(layout.shape, layout.stride or ())
     return tensor.clone() if elements.numel() > 2 * layout.numel else tensor
+
+
+def _slices(cuts: Cuts) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop, _ in cuts)
 
 
 def _check_destination(name: str, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:

@@ -1,25 +1,26 @@
 """A part of one tensor: only the bytes of that part are read.
 
 Note [Runs]
-    What follows the last dimension that is cut lies in one run.  If the runs are long, each is read alone,
-    straight into its place.  If they are short, or most of what they span, the rows that span them are read,
-    a bounded piece
-    at a time, and the part is copied out: a page is read from disk whole in any case.
+    What follows the last dimension that is cut lies in one run.  Each run is read alone, straight into its
+    place, unless the runs, or the gaps between them, are shorter than a page: a page is read from disk whole
+    in any case, so then the rows that span them are read, a bounded piece at a time, and the part is copied
+    out.
 """
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from safemap._buffers import MIB, bytes_of
+from safemap._cast import check_cast
+from safemap._errors import MismatchError
 from safemap._file import File
 from safemap._layout import TensorInfo
 
-_SHORT_RUN = 4096  # bytes of a page
+_PAGE = 4096  # bytes
 _PIECE = 4 * MIB
 
 #: for each dimension (start, stop, step), step > 0
@@ -33,10 +34,10 @@ class TensorSlice:
     steps and ``...`` may be combined, one for each dimension.
     """
 
-    def __init__(self, name: str, info: TensorInfo, read_ranges: Callable[[Cuts], Tensor]) -> None:
+    def __init__(self, name: str, info: TensorInfo, part: "Part") -> None:
         self._name = name
         self._info = info
-        self._read_ranges = read_ranges
+        self._part = part
 
     @property
     def shape(self) -> torch.Size:
@@ -53,12 +54,57 @@ class TensorSlice:
 
     def __getitem__(self, key: Any) -> Tensor:
         cuts, squeezed = _normalize(key, tuple(self.shape), self._name)
-        ranged = self._read_ranges(cuts)
+        ranged = self._part.read(cuts)
         part = ranged[
             tuple(0 if axis in squeezed else slice(None, None, cut[2]) for axis, cut in enumerate(cuts))
         ]
         # a step must not keep what was only read on the way
         return part if part.numel() == ranged.numel() else part.clone()
+
+    def nbytes(self, key: Any) -> int:
+        """Return how many bytes reading ``slice[key]`` takes from files."""
+        cuts, _ = _normalize(key, tuple(self.shape), self._name)
+        return self._part.nbytes(cuts)
+
+    def read_into(self, key: Any, out: Tensor) -> Tensor:
+        """Read ``slice[key]`` into *out*, without a temporary where the part is one run of the file.
+
+        Args:
+            key: Slices with step 1 and ``...``.
+            out: Of the shape of the part; values are converted to its dtype.
+
+        Returns:
+            *out*.
+
+        Raises:
+            MismatchError: *out* has another shape, or a dtype that would drop the imaginary part.
+        """
+        cuts, squeezed = _normalize(key, tuple(self.shape), self._name)
+        if squeezed or any(step != 1 for _, _, step in cuts):
+            raise TypeError(f'tensor "{self._name}": only slices with step 1 can be read into memory given')
+        extents = [stop - start for start, stop, _ in cuts]
+        if list(out.shape) != extents:
+            raise MismatchError(
+                f'the part of tensor "{self._name}" has shape {extents}; '
+                f"the destination has {list(out.shape)}"
+            )
+        check_cast(self._name, self.dtype, out.dtype)
+        with torch.no_grad():
+            self._part.read_into(cuts, out.detach())
+        return out
+
+
+class Part(Protocol):
+    """Parts of one tensor, wherever it comes from."""
+
+    def read(self, cuts: Cuts) -> Tensor:
+        """Return a part in memory of its own."""
+
+    def read_into(self, cuts: Cuts, out: Tensor) -> None:
+        """Fill *out*, of the part's shape, converting to its dtype."""
+
+    def nbytes(self, cuts: Cuts) -> int:
+        """Return how many bytes of files that takes."""
 
 
 def _normalize(key: Any, shape: tuple[int, ...], name: str) -> tuple[Cuts, set[int]]:
@@ -95,30 +141,75 @@ def _normalize(key: Any, shape: tuple[int, ...], name: str) -> tuple[Cuts, set[i
     return cuts, squeezed
 
 
-def read_ranges(file: File, offset: int, dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
-    """Read ``tensor[start:stop, ...]`` of a stored row-major tensor; steps are ignored."""
-    extents = [stop - start for start, stop, _ in cuts]
-    out = torch.empty(extents, dtype=dtype, device="cpu")
+def contiguous_run(shape: tuple[int, ...], cuts: Cuts) -> tuple[int, int] | None:
+    """Return first element and length of a part that lies in one run, or None."""
+    if not shape:
+        return 0, 1
+    extents = _extents(cuts)
+    last = _last_cut(shape, extents)
+    if any(extent != 1 for extent in extents[:last]):
+        return None
+    inner = math.prod(shape[last + 1 :])
+    first, pitch = 0, inner
+    for axis in range(last, -1, -1):
+        first += cuts[axis][0] * pitch
+        pitch *= shape[axis]
+    return first, math.prod(extents)
+
+
+def ranges_nbytes(dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts) -> int:
+    """Return how many bytes ``read_ranges`` reads for a part; see Note [Runs]."""
+    extents = _extents(cuts)
+    numel = math.prod(extents)
+    if not numel or contiguous_run(shape, cuts) is not None:
+        return numel * dtype.itemsize
+    last = _last_cut(shape, extents)
+    if _reads_rows(dtype, shape, extents, last):
+        return numel // extents[last] * shape[last] * dtype.itemsize
+    return numel * dtype.itemsize
+
+
+def read_ranges(
+    file: File, offset: int, dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts, out: Tensor
+) -> None:
+    """Read ``tensor[start:stop, ...]`` of a stored row-major tensor; steps are ignored.
+
+    *out* is contiguous, on the CPU, and has the dtype and shape of the part.
+    """
     if not out.numel():
-        return out
-    cut_axes = [axis for axis, extent in enumerate(extents) if extent != shape[axis]]
-    if not cut_axes:
-        file.read_into(bytes_of(out), offset)
-        return out
-    last = cut_axes[-1]
+        return
+    extents = _extents(cuts)
+    last = _last_cut(shape, extents)
+    if _reads_rows(dtype, shape, extents, last):
+        _read_rows(file, offset, dtype, shape, cuts, last, out)
+        return
     inner = math.prod(shape[last + 1 :]) * dtype.itemsize
-    run, row = extents[last] * inner, shape[last] * inner
+    run = extents[last] * inner
     starts = [cuts[axis][0] for axis in range(last)]
     pitches = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(last)]
     first = offset + cuts[last][0] * inner
-    if last > 0 and (run < _SHORT_RUN or 2 * run >= row):
-        _read_rows(file, offset, dtype, shape, cuts, last, out)
-        return out
-    view = bytes_of(out)
-    for number, position in enumerate(itertools.product(*(range(extent) for extent in extents[:last]))):
-        skip = sum((start + i) * pitch for start, i, pitch in zip(starts, position, pitches, strict=True))
-        file.read_into(view[number * run : (number + 1) * run], first + skip)
-    return out
+    positions = (
+        first + sum((start + i) * pitch for start, i, pitch in zip(starts, position, pitches, strict=True))
+        for position in itertools.product(*(range(extent) for extent in extents[:last]))
+    )
+    file.read_runs_into(bytes_of(out), run, positions)
+
+
+def _extents(cuts: Cuts) -> list[int]:
+    return [stop - start for start, stop, _ in cuts]
+
+
+def _last_cut(shape: tuple[int, ...], extents: list[int]) -> int:
+    """Return the last dimension of which only a part is wanted; 0 if the whole is."""
+    return max((axis for axis, extent in enumerate(extents) if extent != shape[axis]), default=0)
+
+
+def _reads_rows(dtype: torch.dtype, shape: tuple[int, ...], extents: list[int], last: int) -> bool:
+    if last == 0:
+        return False
+    inner = math.prod(shape[last + 1 :]) * dtype.itemsize
+    run, row = extents[last] * inner, shape[last] * inner
+    return run < _PAGE or row - run < _PAGE
 
 
 def _read_rows(
