@@ -227,6 +227,10 @@ class FakeModule:
         return True
 
     @staticmethod
+    def device_count() -> int:
+        return 2
+
+    @staticmethod
     def mem_get_info(device: torch.device) -> tuple[int, int]:
         assert device == torch.device("cuda:1")
         return 5 * GB, 8 * GB
@@ -244,6 +248,8 @@ def test_a_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
     assert total_vram(torch.device("cuda:1")) == 8 * GB
     assert free_vram(torch.device("cuda:1")) == 6 * GB  # torch keeps 1 GB for reuse
+    with pytest.raises(ConfigError, match=r"^there is no cuda:2: torch sees 2 cuda devices$"):
+        total_vram(torch.device("cuda:2"))
 
 
 @pytest.mark.cuda

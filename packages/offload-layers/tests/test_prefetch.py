@@ -12,7 +12,7 @@ import torch
 from offload_layers import AutoWrappedLinear, enable_vram_management
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Prefetcher
-from offload_layers.testing import CountingSource, assert_invariants, residencies
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
 
 LAYERS = 6
@@ -307,3 +307,37 @@ def test_what_came_from_another_source_is_not_used(model: nn.Module) -> None:
     for residency in residencies(model):
         residency.source = CountingSource(oracle.state_dict())
     assert torch.equal(model(X), oracle(X))
+
+
+class Asked(Gate):
+    """A source that can be told beforehand."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.asked: list[str] = []
+
+    def prefetch(self, names: list[str]) -> None:
+        self.asked += names
+
+
+def test_beside_a_computation_on_the_cpu_a_source_is_only_told() -> None:
+    source = Asked(plain().state_dict())
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    for _ in range(4):
+        assert torch.equal(model(X), plain()(X))
+    assert source.ahead == []  # copying takes the cores that compute
+    assert source.asked[: LAYERS + 2] == [f"{i % LAYERS}.weight" for i in range(1, LAYERS + 3)]
+    assert prefetcher(model).ahead_nbytes() <= 2 * 8 * 8 * 4
+    model[0].offload()
+    assert prefetcher(model).ahead_nbytes() == 0
+
+
+def test_for_a_device_with_a_bus_it_is_read_ahead_too() -> None:
+    source = Asked(plain().state_dict())
+    with FakeDevice().installed():
+        model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+        for layer in model:
+            layer.register_forward_hook(lambda *_: settle(model))
+        for _ in range(3):
+            assert torch.equal(model(X), plain()(X))
+    assert set(source.asked) == set(source.ahead) == {f"{i}.weight" for i in range(LAYERS)}

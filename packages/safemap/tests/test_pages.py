@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemap import DiskMap, MissingTensorError, _pages, _prefetch
+from safemap import DiskMap, MissingTensorError, _mapping, _pages, _prefetch
 from safemap.testing import assert_same
 from torch import Tensor
 
@@ -175,3 +175,28 @@ def test_computed_tensors_are_read_not_mapped(
     disk_map.prefetch(["two"])
     disk_map.release(["two"])
     assert_same(disk_map["two"], tensors["embedding"] * 2)
+
+
+@linux
+def test_what_was_brought_in_is_not_asked_for_again(mapped: DiskMap, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(_prefetch, "in_background", lambda task: (asked.append(task), task()))
+    faults = iter([5] * 6 + [6] * 2 + [6] * 10)
+    monkeypatch.setattr(_mapping, "_count_major_faults", lambda: next(faults))
+    mapped.prefetch(["a", "b"])
+    assert len(asked) == 1
+    mapped.prefetch(["b"])
+    mapped.prefetch(["a", "b"])  # nothing was missing since
+    assert len(asked) == 1
+    next(faults)
+    mapped.prefetch(["a", "b"])  # the system has taken some page back
+    assert len(asked) == 2
+    mapped.prefetch(["a"])
+    assert len(asked) == 2
+    mapped.release(["a"])
+    mapped.prefetch(["a", "b"])
+    assert len(asked) == 3
+
+
+def test_a_map_of_views_needs_no_other_threads(mapped: DiskMap) -> None:
+    assert mapped.with_threads(1) is mapped

@@ -27,7 +27,15 @@ Mark = Any
 
 
 class Device(Protocol):
-    """What the engine wants from a compute device."""
+    """What the engine wants from a compute device.
+
+    Attributes:
+        overlaps: Whether copies beside the computation cost it nothing. On a CPU they take its cores and its
+            memory's bandwidth (measured: reading beside a computation that reads its weights once made it 2.3
+            times slower, reading before it 2.0 times).
+    """
+
+    overlaps: bool
 
     def in_use(self) -> int | None:
         """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
@@ -56,6 +64,8 @@ class Device(Protocol):
 
 class HostDevice:
     """The CPU as compute device, and devices that share its memory: one queue, and nothing to count."""
+
+    overlaps = False
 
     def in_use(self) -> int | None:
         """Return None: only what the budget has lent counts."""
@@ -89,6 +99,8 @@ class HostDevice:
 
 class Accelerator:
     """A device with memory and, where torch has them, streams of its own: CUDA, ROCm, XPU, NPU."""
+
+    overlaps = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -62,14 +62,28 @@ def free_vram(device: torch.device) -> int:
     return free + int(module.memory_reserved(device) - module.memory_allocated(device))
 
 
+def check_is_there(device: torch.device) -> None:
+    """Raise ``ConfigError`` unless torch can use *device*."""
+    try:
+        module: Any = torch.get_device_module(device)
+    except RuntimeError as error:  # meta, or a vendor whose module is not loaded
+        raise ConfigError(f"torch cannot compute on {device}; choose cpu or cuda, for example") from error
+    if not module.is_available():
+        raise ConfigError(f"torch {torch.__version__} sees no {device.type} device here; cpu is always there")
+    if device.index is not None and device.index >= module.device_count():
+        count = module.device_count()
+        raise ConfigError(
+            f"there is no {device}: torch sees {count} {device.type} device{'s' * (count != 1)}"
+        )
+
+
 def _mem_get_info(device: torch.device) -> tuple[int, int]:
+    check_is_there(device)
     module: Any = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):
         raise ConfigError(
             f'{device} has no memory of its own that its driver tells of; pass its size, as in vram="8GB"'
         )
-    if not module.is_available():
-        raise ConfigError(f"torch {torch.__version__} sees no {device.type} device here")
     free, total = module.mem_get_info(device)
     return int(free), int(total)
 

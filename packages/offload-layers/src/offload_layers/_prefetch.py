@@ -34,6 +34,13 @@ class Fetchable(Protocol):
     def staging_nbytes(self) -> int:
         """Bytes that a staged copy of the weights takes now; 0 if the layer needs none."""
 
+    @property
+    def only_asks_ahead(self) -> bool:
+        """Whether the layer fetches by itself in any case, and its source should only be told beforehand."""
+
+    def ask_ahead(self) -> None:
+        """Tell the source that the weights will be read soon."""
+
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
 
@@ -87,10 +94,10 @@ class PrefetchStatistics:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A fetch that was ordered."""
+    """A fetch that was ordered; without a job, its source was only told that it will be asked."""
 
     layer: "weakref.ref[Fetchable]"
-    job: Job[Fetched]
+    job: Job[Fetched] | None
     nbytes: int
 
 
@@ -113,20 +120,25 @@ class _Queue:
             self.nbytes -= ahead.nbytes
             if ahead.layer == reference:
                 return ahead
-            self.reader.drop(ahead.job)
+            self._drop(ahead)
 
     def add(self, ahead: _Ahead) -> None:
         """Order a fetch."""
         self.ordered.append(ahead)
         self.nbytes += ahead.nbytes
-        self.reader.submit(ahead.job)
+        if ahead.job is not None:
+            self.reader.submit(ahead.job)
 
     def clear(self) -> None:
         """Drop everything. A queue whose thread has ended need not be cleared: its leases are garbage too."""
         self.end = None
         self.nbytes = 0
         while self.ordered:
-            self.reader.drop(self.ordered.pop().job)
+            self._drop(self.ordered.pop())
+
+    def _drop(self, ahead: _Ahead) -> None:
+        if ahead.job is not None:
+            self.reader.drop(ahead.job)
 
 
 class Prefetcher:
@@ -152,9 +164,9 @@ class Prefetcher:
             self._largest = max(self._largest, layer.staging_nbytes)
             queue = self._queue()
             ahead = queue.pop(layer)
-            if ahead is None:
+            if ahead is None or ahead.job is None:
                 self._misses += 1
-                if queue.ordered and not self._is_next(queue.ordered[0].layer):
+                if ahead is None and queue.ordered and not self._is_next(queue.ordered[0].layer):
                     queue.clear()
                 return None
             if ahead.job.is_done:
@@ -185,10 +197,15 @@ class Prefetcher:
                     break
                 if not nbytes or following is layer or any(a.layer == place[1] for a in queue.ordered):
                     continue
-                lease = following.lease_ahead()
-                if lease is None:
-                    break
-                queue.add(self._ahead(following, nbytes, lease))
+                if following.only_asks_ahead:
+                    following.ask_ahead()
+                    ahead = _Ahead(weakref.ref(following), None, nbytes)
+                else:
+                    lease = following.lease_ahead()
+                    if lease is None:
+                        break
+                    ahead = self._ahead(following, nbytes, lease)
+                queue.add(ahead)
                 queue.end = place
 
     def forget(self) -> None:

@@ -10,7 +10,7 @@ class Rates:
     Attributes:
         disk_bytes_per_s: Reading from disk; ``math.inf`` if nothing is read from one.
         bus_bytes_per_s: Copying from the host to the device; ``memory_bytes_per_s`` where they share memory.
-        memory_bytes_per_s: Reading the memory of the host.
+        memory_bytes_per_s: Reading the memory in which the device computes.
         flops: Operations of matrix products with many rows: two for each multiplication and addition.
     """
 

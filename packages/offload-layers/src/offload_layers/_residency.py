@@ -116,6 +116,16 @@ class Residency(Resting):
             self._staging = version, self._new_nbytes(self.policy.computation)
         return self._staging[1]
 
+    @property
+    def only_asks_ahead(self) -> bool:
+        """Whether the source can bring weights closer by itself, and more would disturb the computation."""
+        return self._ask_source is not None and not self._device.overlaps
+
+    def ask_ahead(self) -> None:
+        """Tell the source that the weights on disk will be read soon."""
+        if self._ask_source is not None:
+            self._ask_source([w.name for w in self.weights if w.registered.is_meta])
+
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
         return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
@@ -126,8 +136,7 @@ class Residency(Resting):
 
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
-        if self._ask_ahead is not None:
-            self._ask_ahead([w.name for w in self.weights if w.registered.is_meta])
+        self.ask_ahead()
         return self._fetch_aside(self._reader_source)
 
     # -- the mechanism ------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Resting:
     def source(self, source: Source | None) -> None:
         self._source = source  # copies made from another one are not current any more: see ``at_rest``
         self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
-        self._ask_ahead = offered(self._reader_source, "prefetch")
+        self._ask_source = offered(self._reader_source, "prefetch")
 
     @property
     def budget(self) -> Budget:

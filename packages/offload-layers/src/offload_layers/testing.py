@@ -95,6 +95,8 @@ class FakeDevice:
         copied_nbytes: Bytes that have crossed the bus.
     """
 
+    overlaps = True
+
     def __init__(self, *, nbytes: int | None = None, bytes_per_s: float = 1e9) -> None:
         self.nbytes = nbytes
         self.bytes_per_s = bytes_per_s

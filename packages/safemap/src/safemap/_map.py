@@ -274,6 +274,8 @@ class DiskMap(Mapping[str, Tensor]):
         For reading beside something else that needs the cores, where one thread is enough.
         """
         self._check_open()
+        if self._options["mmap"]:
+            return self  # views are not read
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         twin._options = {**self._options, "threads": threads}

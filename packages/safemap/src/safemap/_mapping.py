@@ -2,8 +2,14 @@
 
 A private mapping: writing to a view copies the page and never reaches the file, but other views of the same
 bytes see it.  A mapping lives as long as a view of it.
+
+Note [Brought in once]
+    Pages that were brought in stay mapped until the system needs their memory, and asking for them again
+    walks through all of them: for a model of 2 GB that was a third of its forward.  So a tensor is brought in
+    again only if the process has met pages since that were not in memory (major faults), or has let it go.
 """
 
+import itertools
 import mmap
 import sys
 import weakref
@@ -15,6 +21,13 @@ from safemap._file import File
 from safemap._layout import Entry, Layout
 from safemap._locks import ForkSafeLock
 from safemap._pages import bring_in, let_go
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_CALLS = itertools.count(1)
 
 # without it the kernel may refuse to map a file larger than memory, as if all of it were to be written
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -29,6 +42,8 @@ class Mappings:
         self._maps: dict[File, mmap.mmap] = {}
         # with those that were renewed or dropped, while views keep them
         self._alive: dict[File, weakref.WeakSet[mmap.mmap]] = {}
+        self._brought_in: set[tuple[File, int]] = set()  # with the offset; see Note [Brought in once]
+        self._major_faults = 0
         self._lock = ForkSafeLock()
 
     def view(self, file: File, layout: Layout, dtype: torch.dtype, offset: int) -> Tensor | None:
@@ -37,6 +52,14 @@ class Mappings:
             return None
         memory = self._map_of(file, layout.nbytes // dtype.itemsize)
         return torch.frombuffer(memory, dtype=dtype, count=layout.nbytes // dtype.itemsize, offset=offset)
+
+    def lacks(self, entry: Entry) -> bool:
+        """Whether the pages of a tensor may have to be brought in; see Note [Brought in once]."""
+        faults = _count_major_faults()
+        if faults != self._major_faults:
+            self._major_faults = faults
+            self._brought_in = set()
+        return entry[::2] not in self._brought_in
 
     def bring_in(self, entry: Entry) -> bool:
         """Map the pages of a tensor before a view of it is read; that may take as long as reading the disk.
@@ -47,11 +70,16 @@ class Mappings:
         file, layout, offset = entry
         if layout.dtype is None or not _can_view(layout, layout.dtype, offset):
             return False
-        return bring_in(self._map_of(file, 0), offset, offset + layout.nbytes)
+        brought_in = self._brought_in  # a new set may take its place meanwhile: then this was in vain
+        if not bring_in(self._map_of(file, 0), offset, offset + layout.nbytes):
+            return False
+        brought_in.add((file, offset))
+        return True
 
     def let_go(self, entry: Entry) -> None:
         """Drop the pages of a tensor, except those that were written through a view."""
         file, layout, offset = entry
+        self._brought_in.discard((file, offset))
         with self._lock:
             alive = list(self._alive.get(file, ())) if layout.nbytes else []
         for memory in alive:
@@ -61,6 +89,7 @@ class Mappings:
         """Forget the mappings; views keep theirs."""
         with self._lock:
             self._maps = {}
+            self._brought_in = set()
 
     def _map_of(self, file: File, elements: int) -> mmap.mmap:
         """Return the mapping, of which *elements* will be read."""
@@ -75,7 +104,13 @@ class Mappings:
             if self._elements > self._renewal_elements:
                 self._elements = 0
                 self._maps = {}
+                self._brought_in = set()
         return memory
+
+
+def _count_major_faults() -> int:
+    """Return how often this process has waited for a page; a new number each time where nobody counts."""
+    return next(_CALLS) if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _can_view(layout: Layout, dtype: torch.dtype, offset: int) -> bool:

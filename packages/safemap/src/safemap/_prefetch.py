@@ -27,7 +27,9 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
             for entry in parts:
                 _advise(entry)
 
-    if CAN_ASK:
+    if mappings is not None:
+        stored = [entry for entry in stored if mappings.lacks(entry)]
+    if CAN_ASK and (stored or parts):
         in_background(work)
 
 

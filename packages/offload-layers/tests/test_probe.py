@@ -1,0 +1,187 @@
+"""Measured rates: that they are plausible, not how high they are."""
+
+import dataclasses
+import errno
+import logging
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from offload_layers import ConfigError, Rates, _probe, _probe_disk
+from offload_layers._probe import probe
+from offload_layers._probe_disk import probe_disk
+
+needs_nowait = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="no reads that must not wait here")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in hundredths of a second: how much is moved does not matter here."""
+    monkeypatch.setattr(_probe, "_WIDTH", 64)
+    monkeypatch.setattr(_probe, "_ROUND_S", 0.001)
+    monkeypatch.setattr(_probe, "_MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr(_probe, "_BUS_BYTES", 1 << 20)
+    monkeypatch.setattr(_probe_disk, "_PIECE", 1 << 16)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "checkpoint.safetensors"
+    with path.open("wb") as opened:
+        opened.write(os.urandom(5 * (1 << 16) + 77))
+        os.fsync(opened.fileno())  # dirty pages cannot be dropped
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_rates_are_plausible(device: torch.device, file: str, dtype: torch.dtype) -> None:
+    rates = probe(device, file=file, dtype=dtype, seconds=0.01)
+    for rate in dataclasses.astuple(rates):
+        assert 1e3 < rate < 1e18
+
+
+def test_without_a_file_the_disk_takes_no_time(device: torch.device) -> None:
+    rates = probe(device, seconds=0)
+    assert rates.disk_bytes_per_s == math.inf
+    assert all(0 < rate < math.inf for rate in dataclasses.astuple(rates)[1:])
+
+
+def test_a_cpu_has_no_bus() -> None:
+    rates = probe(torch.device("cpu"), seconds=0)
+    assert rates.bus_bytes_per_s == rates.memory_bytes_per_s
+
+
+def test_rates_do_not_change() -> None:
+    rates = Rates(1.0, 2.0, 3.0, 4.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rates.flops = 5.0  # type: ignore[misc]
+
+
+def test_the_programs_random_numbers_stay_as_they_are(device: torch.device) -> None:
+    module = torch.get_device_module(device) if device.type != "cpu" else torch.random
+    before = module.get_rng_state()
+    probe(device, seconds=0)
+    assert torch.equal(module.get_rng_state(), before)
+
+
+def test_the_figure_is_the_median_and_not_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = iter([100.0, 1e-4, *[5e-4] * 10, *[1e-4] * 10, *[2e-4] * 10])  # so a round is ten times
+    now = [0.0]
+
+    def act() -> None:
+        now[0] += next(takes)
+
+    monkeypatch.setattr(_probe.time, "perf_counter", lambda: now[0])
+    assert _probe._rate(10.0, act, torch.device("cpu"), seconds=0) == pytest.approx(10.0 / 2e-4)
+    assert next(takes, None) is None
+
+
+def test_what_cannot_be_multiplied_is_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        probe(torch.device("cpu"), dtype=torch.bool, seconds=0)
+    assert str(refused.value).startswith("cpu cannot multiply matrices of torch.bool: ")
+
+
+def test_a_device_that_is_none() -> None:
+    with pytest.raises(ConfigError) as refused:
+        probe(torch.device("meta"))
+    assert str(refused.value) == "torch cannot compute on meta; choose cpu or cuda, for example"
+
+
+def test_a_device_that_is_one_too_many() -> None:
+    with pytest.raises(ConfigError) as refused:
+        probe(torch.device("cpu:1"))
+    assert str(refused.value) == "there is no cpu:1: torch sees 1 cpu device"
+
+
+class TestDisk:
+    def test_each_piece_is_read_once_and_soon_everywhere(self) -> None:
+        starts = [start >> 16 for start in _probe_disk._spread(8 << 16)]
+        assert starts == [0, 4, 2, 6, 1, 5, 3, 7]
+        assert sorted(_probe_disk._spread((5 << 16) + 77)) == [index << 16 for index in range(5)]
+        assert list(_probe_disk._spread(77)) == [0]
+
+    def test_a_small_file_is_one_piece(self, tmp_path: Path) -> None:
+        (tmp_path / "small").write_bytes(b"x" * 100)
+        rate, _ = probe_disk(tmp_path / "small", seconds=0)
+        assert 0 < rate < math.inf
+
+    def test_time_ends_it(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        starts = []
+        read = _probe_disk._read
+        monkeypatch.setattr(
+            _probe_disk,
+            "_read",
+            lambda opened, start, buffer: (starts.append(start), read(opened, start, buffer)),
+        )
+        probe_disk(file, seconds=0)
+        assert len(starts) == 3
+        probe_disk(file, seconds=100)  # each piece once, and no more
+        assert sorted(starts[3:]) == [index << 16 for index in range(5)]
+
+    @needs_nowait
+    def test_what_was_dropped_counts(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        cached = iter([True, False, True, False, True])
+        monkeypatch.setattr(_probe_disk, "_is_cached", lambda fd, position: next(cached))
+        now = iter([0.0, *(t for took in (1, 8, 1, 8, 1) for t in (0.0, float(took)))])
+        monkeypatch.setattr(_probe_disk.time, "perf_counter", lambda: next(now))
+        assert probe_disk(file, seconds=100) == ((1 << 16) / 8, False)
+
+    @needs_nowait
+    def test_whether_it_is_cached_is_asked(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        Path(file).read_bytes()
+        with open(file, "rb") as opened:
+            assert _probe_disk._is_cached(opened.fileno(), 1 << 16)
+
+        def refuse(number: int) -> None:
+            def preadv(*_: object) -> int:
+                raise OSError(number, os.strerror(number))
+
+            monkeypatch.setattr(os, "preadv", preadv)
+
+        refuse(errno.EAGAIN)
+        assert not _probe_disk._is_cached(0, 0)
+        refuse(errno.EOPNOTSUPP)
+        assert not _probe_disk._is_cached(0, 0)
+
+    @needs_nowait
+    def test_a_file_that_stays_in_the_page_cache_is_told(
+        self, file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        Path(file).read_bytes()
+        monkeypatch.setattr(_probe_disk, "_drop", lambda *_: None)
+        _, is_cached = probe_disk(file, seconds=0)
+        assert is_cached
+        with caplog.at_level(logging.WARNING, "offload_layers"):
+            rates = probe(torch.device("cpu"), file=file, seconds=0)
+        assert rates.disk_bytes_per_s < math.inf
+        assert caplog.messages == [
+            f"{file} stays in the page cache; its disk was not measured, but the cache"
+        ]
+
+    def test_a_system_without_hints(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("posix_fadvise", "RWF_NOWAIT"):
+            monkeypatch.delattr(os, name, raising=False)
+        rate, is_cached = probe_disk(file, seconds=0)
+        assert 0 < rate < math.inf
+        assert is_cached
+
+    def test_a_file_that_is_not_there(self) -> None:
+        with pytest.raises(ConfigError) as refused:
+            probe_disk("nowhere", seconds=0)
+        assert str(refused.value) == "nowhere cannot be read: No such file or directory; name a checkpoint"
+
+    def test_nothing_to_read(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").touch()
+        for path in (tmp_path / "empty", tmp_path):
+            with pytest.raises(ConfigError) as refused:
+                probe_disk(path, seconds=0)
+            assert str(refused.value) == f"{path} is no file, or an empty one; name a checkpoint"
+
+    def test_a_file_that_gets_shorter(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_probe_disk, "_drop", lambda *_: os.truncate(file, 10))
+        with pytest.raises(ConfigError) as refused:
+            probe_disk(file, seconds=0)
+        assert str(refused.value) == f"{file} has become shorter while it was read; try again"
