@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from offload_layers import ConfigError, Plan, Rates, Tier, plan
+from offload_layers._cli import main
 from offload_layers._plan import LayerSize, make_plan
 from torch import nn
 
@@ -128,6 +129,25 @@ class TestOfCheckpoints:
         files = sorted(folder.iterdir())
         again = plan(files, device="cpu", ram="1GB", rates=RATES, dtype=torch.float32)
         assert again.layers[0].size.nbytes == 2 * 4224
+
+    def test_the_command(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        probed: list[object] = []
+        monkeypatch.setattr(
+            "offload_layers._offload.probe", lambda *a, **k: probed.append(k["file"]) or RATES
+        )
+        arguments = ["plan", str(folder), "--device", "cpu", "--ram", "20kB", "--rows", "8"]
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("6 layers, 25.3 kB, computing on cpu with 20 kB of its memory\n")
+        assert probed == [str(folder / "model-0.safetensors")]
+        assert main([*arguments, "--json", "--dtype", "float32"]) == 0
+        assert json.loads(capsys.readouterr().out)["layers"][0]["nbytes"] == 2 * 4224
+        assert main(["plan", str(folder / "none"), "--device", "cpu"]) == 1
+        assert capsys.readouterr().err.startswith("offload-layers: ")
+        assert main([*arguments, "--dtype", "bf17"]) == 1
+        assert "--dtype bf17 is no dtype of torch" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "content",

@@ -332,6 +332,19 @@ def test_beside_a_computation_on_the_cpu_a_source_is_only_told() -> None:
     assert prefetcher(model).ahead_nbytes() == 0
 
 
+def test_a_source_that_has_the_weights_in_memory_is_not_told() -> None:
+    source = Asked(plain().state_dict())
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    model(X)
+    prefetcher(model).took(10**9, 0.1)
+    asked = len(source.asked)
+    model(X)
+    assert len(source.asked) == asked
+    prefetcher(model).took(10**9, 10.0)
+    assert torch.equal(model(X), plain()(X))
+    assert len(source.asked) > asked
+
+
 def test_for_a_device_with_a_bus_it_is_read_ahead_too() -> None:
     source = Asked(plain().state_dict())
     with FakeDevice().installed():

@@ -19,6 +19,7 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._offload import Offloaded, offload, plan
 from offload_layers._placement import Placement, Policy
 from offload_layers._plan import LayerSize, Plan, PlannedLayer, Prediction
+from offload_layers._probe import probe
 from offload_layers._quantized import AutoWrappedQuantizedModule
 from offload_layers._rates import Rates
 from offload_layers._replace import (
@@ -60,4 +61,5 @@ __all__ = [
     "fill_vram_config",
     "offload",
     "plan",
+    "probe",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from offload_layers._doctor import doctor
 from offload_layers._errors import OffloadLayersError
+from offload_layers._plan_command import add_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--file", metavar="CHECKPOINT", help="read pieces of this file, to measure its disk")
     command.add_argument("--json", action="store_true", help="one JSON object, with sizes in bytes")
     command.set_defaults(run=_run_doctor)
+    add_plan(commands)
     return parser
 
 

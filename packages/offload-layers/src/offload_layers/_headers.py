@@ -54,7 +54,7 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> list[StoredTensor]:
         ConfigError: there is no such file, it is no safetensors file, or a name is in two files.
     """
     found: dict[str, StoredTensor] = {}
-    for path in _expand(files):
+    for path in find_files(files):
         for tensor in _read_header(path):
             if tensor.name in found:
                 raise ConfigError(f'{path}: tensor "{tensor.name}" is in another of the files too')
@@ -62,7 +62,8 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> list[StoredTensor]:
     return [found[name] for name in sorted(found, key=_natural)]
 
 
-def _expand(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return *files*, with the safetensors files that are in folders among them."""
     paths: list[Path] = []
     for given in files:
         path = Path(given)

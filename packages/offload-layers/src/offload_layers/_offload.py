@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
-from offload_layers._headers import read_headers
+from offload_layers._headers import find_files, read_headers
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import available_ram, free_vram, total_vram
@@ -22,6 +22,7 @@ from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
 from offload_layers._presented import end_presenting, present
+from offload_layers._probe import probe
 from offload_layers._progress import watched
 from offload_layers._rates import Rates
 from offload_layers._replace import disable_vram_management
@@ -216,10 +217,8 @@ def plan(
     else:
         files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
         sizes = _sizes_of_files(files, dtype, storage_dtype)
-        file = str(files[0]) if os.path.isfile(files[0]) else None
+        file = str(find_files(files)[0])
     if rates is None:
-        from offload_layers._probe import probe
-
         rates = probe(target, file=file, dtype=dtype or torch.bfloat16)
     return _plan(sizes, target, vram, ram, rows=rows, rates=rates)
 

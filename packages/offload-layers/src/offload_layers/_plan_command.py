@@ -35,8 +35,8 @@ def add_plan(commands: Any) -> None:
     parser.set_defaults(run=run_plan)
 
 
-def run_plan(options: argparse.Namespace) -> str:
-    """Return what the command prints."""
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the plan."""
     planned = plan(
         options.files,
         device=options.device,
@@ -48,7 +48,8 @@ def run_plan(options: argparse.Namespace) -> str:
     )
     if options.plot:
         planned.plot(options.plot)
-    return json.dumps(planned.to_dict(), indent=1) if options.json else str(planned)
+    print(json.dumps(planned.to_dict(), indent=1) if options.json else planned)
+    return 0
 
 
 def _dtype(name: str | None, option: str) -> torch.dtype | None:

@@ -4,6 +4,7 @@ Unless the layer is resident, ``enter`` stages copies of its weights for as long
 and nested calls share one staged copy; the last one to leave drops it.
 """
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from offload_layers._uncompiled import uncompiled
 from offload_layers._weight import Weight
 
 Result = TypeVar("Result")
+_TELLING_NBYTES = 1 << 20  # the time that smaller layers take is that of the calls
 
 
 class Residency(Resting):
@@ -175,7 +177,7 @@ class Residency(Resting):
 
         def fetch() -> tuple[list[Tensor], Mark]:
             if not differentiable:
-                return self._fetch_aside(self.source)
+                return self._fetch_alone() if self.only_asks_ahead else self._fetch_aside(self.source)
             return [self._computable(weight, differentiable=True) for weight in self.weights], None
 
         try:
@@ -185,6 +187,15 @@ class Residency(Resting):
                 borrowed.give_back()
             raise
         return Fetched(tensors, borrowed, made_from, ready)
+
+    def _fetch_alone(self) -> tuple[list[Tensor], Mark]:
+        """Copy on this core while the others have a rest, and tell the prefetcher how long it took."""
+        start = time.perf_counter()
+        fetched = self._fetch_aside(self._reader_source)
+        nbytes = self._new_nbytes(self.policy.computation)
+        if self.schedule is not None and nbytes >= _TELLING_NBYTES:
+            self.schedule.prefetcher.took(nbytes, time.perf_counter() - start)
+        return fetched
 
     def _fetch_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         """Copy in the device's second queue: also the computation's own thread is ahead of the device."""
