@@ -212,7 +212,7 @@ def test_layers_that_are_fetched_ahead_have_the_adapters_in_them(x: Tensor) -> N
         for layer in model:
             layer.unmerge_lora()
             layer.clear_lora()
-    assert prefetcher.statistics().hits > 40
+    assert sum(layer._owner().counters.hits for layer in model) > 40
     assert_invariants(model)
 
 

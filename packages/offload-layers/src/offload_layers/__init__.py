@@ -28,6 +28,7 @@ from offload_layers._replace import (
     enable_vram_management_recursively,
     fill_vram_config,
 )
+from offload_layers._report import LayerReport, Report, report, reset_counters
 from offload_layers._state import State
 from offload_layers._tier import Tier
 
@@ -41,6 +42,7 @@ __all__ = [
     "BudgetExceededError",
     "ConfigError",
     "IllegalTransitionError",
+    "LayerReport",
     "LayerSize",
     "LoRAHotLoadMixin",
     "MissingTensorError",
@@ -52,6 +54,7 @@ __all__ = [
     "Policy",
     "Prediction",
     "Rates",
+    "Report",
     "ShapeMismatchError",
     "State",
     "Tier",
@@ -62,4 +65,6 @@ __all__ = [
     "offload",
     "plan",
     "probe",
+    "report",
+    "reset_counters",
 ]

@@ -199,6 +199,12 @@ class Budget:
                 "parts of the model, so that less is on the device at once."
             ) from error
 
+    def reset_peak(self) -> None:
+        """Let the peak begin at what is lent now."""
+        with self._lock:
+            self._collect()
+            self._peak = self._lent
+
     def statistics(self) -> BudgetStatistics:
         """Return a snapshot."""
         with self._lock:

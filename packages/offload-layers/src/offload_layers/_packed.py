@@ -31,6 +31,16 @@ class PackedWeight(Weight):
         registered = self.registered
         return self.stored_nbytes if registered.is_meta else nbytes(registered)
 
+    def on_disk(self, source: Source | None) -> tuple[torch.dtype, int]:
+        """Return dtype and bytes of the weight on disk, or what it was seen to be made into."""
+        return self.as_read or (self.registered.dtype, self.stored_nbytes)
+
+    def nbytes_from(self, registered: nn.Parameter) -> int:
+        """Bytes that a copy moves which was made from *registered*, with what hangs on it."""
+        if registered.is_meta:
+            return 0 if self.as_read is None else self.as_read[1]
+        return nbytes(registered)
+
     def copy_to(self, placement: Placement, source: Source | None) -> nn.Parameter:
         """Return the weight on the placement's device."""
         values = self.read(source) if self.registered.is_meta else self.registered
@@ -51,7 +61,10 @@ class PackedWeight(Weight):
                 f'"{self.name}" has no values and no disk map to read them from. Quantize the model or load '
                 "it before it is managed, or pass disk_map."
             )
-        return source[self.name]
+        tensor = source[self.name]
+        if self.as_read is None:
+            self.as_read = tensor.dtype, nbytes(tensor)
+        return tensor
 
     def home(self, policy: Policy, source: Source | None) -> nn.Parameter:
         """Return what the model holds of the weight at rest."""

@@ -10,13 +10,16 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint
+from offload_layers._counters import Counters
 from offload_layers._device import Mark
+from offload_layers._labels import label
 from offload_layers._order import ExecutionOrder, Place
 from offload_layers._reader import Job, Reader
 from offload_layers._source import Source
@@ -33,6 +36,9 @@ _WARM_BYTES_PER_S = 2e9
 
 class Fetchable(Protocol):
     """A layer, as its prefetcher sees it."""
+
+    name: str
+    counters: Counters
 
     @property
     def staging_nbytes(self) -> int:
@@ -85,15 +91,6 @@ class Fetched:
                 )
             )
         )
-
-
-@dataclass(frozen=True)
-class PrefetchStatistics:
-    """How often a layer's weights were ready, were on their way, or had to be fetched by the layer itself."""
-
-    hits: int
-    waits: int
-    misses: int
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,6 @@ class Prefetcher:
         self._queues: weakref.WeakSet[_Queue] = weakref.WeakSet()
         self._largest = 0
         self._is_warm = False
-        self._hits = self._waits = self._misses = 0
 
     @property
     def window(self) -> int:
@@ -170,18 +166,18 @@ class Prefetcher:
             queue = self._queue()
             ahead = queue.pop(layer)
             if ahead is None or ahead.job is None:
-                self._misses += 1
                 if ahead is None and queue.ordered and not self._is_next(queue.ordered[0].layer):
                     queue.clear()
                 return None
-            if ahead.job.is_done:
-                self._hits += 1
-            else:
-                self._waits += 1
-        fetched = self._reader.result(ahead.job)
+        is_ready = ahead.job.is_done
+        fetched = self._reader.result(ahead.job) if is_ready else self._await(layer, ahead.job)
         if fetched is None or not fetched.is_current(layer):
             self._reader.drop(ahead.job)
             return None
+        if is_ready:
+            layer.counters.hits += 1
+        else:
+            layer.counters.waits += 1
         return fetched
 
     def start_after(self, layer: Fetchable) -> None:
@@ -232,9 +228,12 @@ class Prefetcher:
         """Wait until the reader has nothing to do."""
         self._reader.settle()
 
-    def statistics(self) -> PrefetchStatistics:
-        """Return a snapshot."""
-        return PrefetchStatistics(self._hits, self._waits, self._misses)
+    def _await(self, layer: Fetchable, job: Job[Fetched]) -> Fetched | None:
+        begin = perf_counter()
+        with label("wait for", layer.name):
+            fetched = self._reader.result(job)
+        layer.counters.waited_s += perf_counter() - begin
+        return fetched
 
     def _queue(self) -> _Queue:
         queue: _Queue | None = getattr(self._local, "queue", None)

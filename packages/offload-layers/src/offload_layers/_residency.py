@@ -4,8 +4,8 @@ Unless the layer is resident, ``enter`` stages copies of its weights for as long
 and nested calls share one staged copy; the last one to leave drops it.
 """
 
-import time
 from collections.abc import Callable
+from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from offload_layers._budget import Lease
 from offload_layers._changes import fingerprint, watch
 from offload_layers._device import Mark
+from offload_layers._labels import is_profiling, label
 from offload_layers._prefetch import Fetched, MadeFrom
 from offload_layers._resting import HEIGHT, Resting
 from offload_layers._source import Source
@@ -47,9 +48,7 @@ class Residency(Resting):
             if self.buffers:
                 self._move_buffers(self.policy.computation.device)
             if self._tiers.height < HEIGHT[State.PREPARING]:
-                if self.state is State.OFFLOAD:
-                    self.move_to(State.ONLOAD)
-                self.try_prepare()
+                self._climb()
             if not self.resident:
                 self._stage(differentiable=self._wants_gradients())
                 if schedule is not None:
@@ -139,12 +138,25 @@ class Residency(Resting):
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
         self.ask_ahead()
-        return self._fetch_aside(self._reader_source)
+        fetched = self._fetch_aside(self._reader_source)
+        self.counters.ahead_nbytes += self._moving_nbytes()
+        return fetched
 
     # -- the mechanism ------------------------------------------------------------------------------
 
     def _computable(self, weight: Weight, *, differentiable: bool = False) -> Tensor:
         return weight.computable(self.policy.computation, self.source, differentiable=differentiable)
+
+    def _climb(self) -> None:
+        """Rest as near to the computation as the limit allows."""
+        begin, version = perf_counter(), self._tiers.version
+        if self.state is State.OFFLOAD:
+            self.move_to(State.ONLOAD)
+        self.try_prepare()
+        if self._tiers.version != version:
+            self.counters.waited_s += perf_counter() - begin
+            if self.resident:  # otherwise what is staged then is counted
+                self.counters.misses += 1
 
     def _stage(self, *, differentiable: bool) -> None:
         """Let the model hold copies for a computation, unless it does already."""
@@ -165,12 +177,14 @@ class Residency(Resting):
         kept, self._kept = self._kept, None
         if kept is not None:
             if kept.is_current(self):
+                self.counters.hits += 1
                 return kept
             kept.lease.give_back()
         return self.schedule.take(self) if self.schedule is not None else None
 
     def _fetch_now(self, lease: Lease | None, differentiable: bool) -> Fetched:
         """Make copies for the computation to come, paid for by *lease* if there is one already."""
+        begin = perf_counter()
         nbytes = self._new_nbytes(self.policy.computation)
         borrowed = lease or self.budget.borrow(self, nbytes, limit=self.limit)
         made_from = self.at_rest()
@@ -186,23 +200,42 @@ class Residency(Resting):
             if lease is None:
                 borrowed.give_back()
             raise
+        counters = self.counters
+        counters.misses += 1
+        counters.own_nbytes += self._moving_nbytes()
+        counters.waited_s += perf_counter() - begin
         return Fetched(tensors, borrowed, made_from, ready)
 
     def _fetch_alone(self) -> tuple[list[Tensor], Mark]:
         """Copy on this core while the others have a rest, and tell the prefetcher how long it took."""
-        start = time.perf_counter()
+        start = perf_counter()
         fetched = self._fetch_aside(self._reader_source)
         nbytes = self._new_nbytes(self.policy.computation)
         if self.schedule is not None and nbytes >= _TELLING_NBYTES:
-            self.schedule.prefetcher.took(nbytes, time.perf_counter() - start)
+            self.schedule.prefetcher.took(nbytes, perf_counter() - start)
         return fetched
 
     def _fetch_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         """Copy in the device's second queue: also the computation's own thread is ahead of the device."""
+        if is_profiling():
+            with label("fetch", self.name):
+                return self._copy_aside(source)
+        return self._copy_aside(source)
+
+    def _copy_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         device, placement = self._device, self.policy.computation
         with device.aside():
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
+
+    def _moving_nbytes(self) -> int:
+        """Bytes that were moved for a staged copy which was just made."""
+        version = self._tiers.version
+        if self._moving[0] != version:
+            computation = self.policy.computation
+            coming = [w for w in self.weights if not computation.holds(w.registered)]
+            self._moving = version, sum(w.nbytes_from(w.registered) for w in coming)
+        return self._moving[1]
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget, Lease, budget_of
+from offload_layers._counters import Counters
 from offload_layers._device import Device, device_of
 from offload_layers._errors import IllegalTransitionError
+from offload_layers._labels import label
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
@@ -65,6 +67,7 @@ class Resting:
         self.resident = False
         self.is_open = False
         self.own_budget = budget
+        self.counters = Counters()
         self._lock = threading.RLock()
         self._users = 0
         self._staged: StagedCopy | None = None
@@ -92,6 +95,9 @@ class Resting:
         self._source = source  # copies made from another one are not current any more: see ``at_rest``
         self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
         self._ask_source = offered(self._reader_source, "prefetch")
+        self._moving = (-1, 0)  # for this version of the tiers, the bytes that are moved for a staged copy
+        for weight in self.weights:
+            weight.as_read = None
 
     @property
     def budget(self) -> Budget:
@@ -108,6 +114,12 @@ class Resting:
         staged = [copy.lease.nbytes for copy in (self._staged, self._kept) if copy is not None]
         beside = self._beside.nbytes if self._beside is not None else 0
         return self._tiers.leased_nbytes + sum(staged) + beside
+
+    @property
+    def between_calls(self) -> list[tuple[Weight, Tensor]]:
+        """Each weight, and what holds it while the layer does not compute; on meta if it is on disk."""
+        kept = self._kept
+        return list(zip(self.weights, self._tiers.top if kept is None else kept.tensors, strict=True))
 
     # -- changing the state -------------------------------------------------------------------------
 
@@ -298,14 +310,18 @@ class Resting:
     def _push(self, placement: Placement, lease: Lease | None) -> None:
         self._drop_kept()
         self._hide()
+        coming = [(w, w.registered) for w in self.weights if not placement.holds(w.registered)]
         try:
-            self.budget.retrying(
-                lambda: self._tiers.push(
-                    placement, self.source, lease, computes_on=self.policy.computation.device
-                ),
-                layer=self.name,
-                doing="bringing the weights of",
-            )
+            with label("fetch", self.name):
+                self.budget.retrying(
+                    lambda: self._tiers.push(
+                        placement, self.source, lease, computes_on=self.policy.computation.device
+                    ),
+                    layer=self.name,
+                    doing="bringing the weights of",
+                )
+            if placement.device == self.policy.computation.device:
+                self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
         except BaseException:
             if lease is not None:
                 lease.give_back()

@@ -8,7 +8,7 @@ from typing import Protocol
 from offload_layers._budget import Borrower, Budget
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
-from offload_layers._prefetch import Fetchable, Fetched, Prefetcher, PrefetchStatistics
+from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
 from offload_layers._source import Source, alone
 
 #: copies are kept between forwards, those of the smallest layers first, up to this part of the model's bytes:
@@ -54,6 +54,10 @@ class Schedule:
         self._chosen: frozenset[weakref.ref[Scheduled]] | None = None
         self._chosen_for: tuple[int, int] = (-1, -1)
 
+    def called(self) -> "list[Scheduled]":
+        """Return the layers that were called while they were not resident, the first one first."""
+        return list(self._layers())
+
     # -- fetching ahead -----------------------------------------------------------------------------
 
     def saw(self, layer: Scheduled, work: float) -> None:
@@ -74,10 +78,6 @@ class Schedule:
     def forget(self) -> None:
         """Drop everything that was fetched ahead."""
         self.prefetcher.forget()
-
-    def statistics(self) -> PrefetchStatistics:
-        """Return a snapshot."""
-        return self.prefetcher.statistics()
 
     def source_for_reader(self, source: Source | None) -> Source | None:
         """Return *source* as the reader thread should use it, one object for all layers that share it."""

@@ -7,11 +7,12 @@ the module's class has for the name is asked instead (see ``_managed``).
 
 import weakref
 
+import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement
-from offload_layers._source import Source, check_shape
+from offload_layers._source import Source, check_shape, stored_dtype
 from offload_layers._transfer import convert, parameter_like
 
 
@@ -56,6 +57,7 @@ class Weight:
         self.name = name
         self.slots = slots
         self._covered: nn.Parameter | None = None  # what is registered at rest, while a staged copy is
+        self.as_read: tuple[torch.dtype, int] | None = None  # dtype and bytes in the source that there is now
 
     @property
     def registered(self) -> nn.Parameter:
@@ -114,6 +116,20 @@ class Weight:
         registered = self.registered
         return registered.numel() * placement.dtype_for(registered.dtype).itemsize
 
+    def on_disk(self, source: Source | None) -> tuple[torch.dtype, int]:
+        """Return dtype and bytes of the weight in the source, as far as it tells without reading."""
+        if self.as_read is not None:
+            return self.as_read
+        dtype, numel = self.registered.dtype, self.registered.numel()
+        dtype = dtype if source is None else stored_dtype(source, self.name, dtype)
+        return dtype, numel * dtype.itemsize
+
+    def nbytes_from(self, registered: nn.Parameter) -> int:
+        """Bytes that a copy moves which was made from *registered*, as they are stored."""
+        if registered.is_meta:
+            return 0 if self.as_read is None else self.as_read[1]
+        return registered.numel() * registered.element_size()
+
     def copy_to(self, placement: Placement, source: Source | None) -> nn.Parameter:
         """Return the parameter in *placement*, read from the source if the model has no values of it."""
         registered = self.registered
@@ -147,6 +163,8 @@ class Weight:
             )
         tensor = source[self.name]
         check_shape(self.name, tuple(tensor.shape), self.registered.shape)
+        if self.as_read is None:
+            self.as_read = tensor.dtype, tensor.nbytes
         return tensor
 
     def __repr__(self) -> str:
