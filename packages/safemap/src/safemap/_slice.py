@@ -21,7 +21,7 @@ from safemap._file import File
 from safemap._layout import TensorInfo
 
 _PAGE = 4096  # bytes
-_PIECE = 4 * MIB
+_PIECE = MIB // 2  # bytes: it stays in the second-level cache until the part is copied out
 
 #: for each dimension (start, stop, step), step > 0
 Cuts = list[tuple[int, int, int]]
@@ -222,6 +222,8 @@ def _read_rows(
     start, stop, _ = cuts[axis]
     inside = slice(cuts[last][0], cuts[last][1])
     flat = out.view(-1, *out.shape[axis:])
+    rows_at_once = min(rows_at_once, stop - start)
+    scratch = torch.empty((rows_at_once, *shape[last:]), dtype=dtype, device="cpu")
     outer = itertools.product(*(range(begin, end) for begin, end, _ in cuts[:axis]))
     for block, position in enumerate(outer):
         base = 0
@@ -229,6 +231,6 @@ def _read_rows(
             base = base * extent + index
         for begin in range(start, stop, rows_at_once):
             end = min(stop, begin + rows_at_once)
-            piece = torch.empty((end - begin, *shape[last:]), dtype=dtype, device="cpu")
+            piece = scratch[: end - begin]
             file.read_into(bytes_of(piece), offset + (base * shape[axis] + begin) * row * dtype.itemsize)
             flat[block, begin - start : end - start] = piece[:, inside]
