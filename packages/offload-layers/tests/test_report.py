@@ -1,7 +1,6 @@
 """The report: where the weights are, and counts that add up."""
 
 import copy
-import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from offload_layers import (
     report,
     reset_counters,
 )
+from offload_layers._budget import IN_FLIGHT, Budget
 from offload_layers._placement import GIB
 from offload_layers.testing import CountingSource, FakeDevice, residencies
 from torch import Tensor, nn
@@ -56,12 +56,6 @@ def settle(model: nn.Module) -> None:
     schedule = residencies(model)[0].schedule
     assert schedule is not None
     schedule.prefetcher.settle()
-
-
-def limit_for(model: nn.Module, nbytes: int) -> float:
-    """A limit in GiB which leaves *nbytes* to the model, whatever other models of this process hold."""
-    gc.collect()
-    return float(residencies(model)[0].budget.statistics().lent_nbytes + nbytes) / GIB
 
 
 @pytest.fixture
@@ -184,14 +178,16 @@ def test_what_was_read_is_known() -> None:
 
 def test_residents_are_on_the_device() -> None:
     model = managed(PREPARING)
-    limit = limit_for(model, 5 * STAGED_NBYTES)
+    limit = 5 * STAGED_NBYTES / GIB
+    budget = Budget(torch.device("cpu"))
     for layer in model:
-        layer.vram_limit = limit
+        layer.vram_limit, layer._owner().own_budget = limit, budget
+        budget.register(layer._owner())
     for _ in range(3):
         model(X)
     found = report(model)
     staying = [layer for layer in found.layers if layer.tier is Tier.DEVICE]
-    assert 1 <= len(staying) == found.tiers[Tier.DEVICE].layers <= 3
+    assert len(staying) == found.tiers[Tier.DEVICE].layers == 5 - IN_FLIGHT
     assert found.tiers[Tier.DEVICE].nbytes == len(staying) * STAGED_NBYTES
     assert found.tiers[Tier.DEVICE].layers + found.tiers[Tier.DISK].layers == LAYERS
     assert found.limit_nbytes == int(limit * GIB)
@@ -311,12 +307,10 @@ def test_without_managed_layers_there_is_nothing_to_report() -> None:
 
 
 def test_transfers_have_labels_where_a_profiler_runs() -> None:
-    model = managed(PREPARING, 0)
-    residencies(model)[3].limit = None
+    model = managed(PREPARING)
     model(X)
+    model[0].offload()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        residencies(model)[0].schedule.forget()  # type: ignore[union-attr]
         model(X)
-    labels = {event.key for event in profiler.key_averages() if event.key.startswith("offload_layers")}
-    assert "offload_layers: fetch 0" in labels
-    assert "offload_layers: fetch 3" not in labels  # resident
+    labels = [event.key for event in profiler.key_averages() if event.key.startswith("offload_layers")]
+    assert labels == ["offload_layers: fetch 0"]  # the others are resident
