@@ -153,6 +153,7 @@ PEER_BENCHMARKS = {
     "skipinit": "packages/skipinit/benchmarks/construction.py",
     "safemap": "packages/safemap/benchmarks/compare.py",
     "converters": "packages/safemap/benchmarks/converters.py",
+    "sharded": "packages/safemap/benchmarks/sharded.py",
     "offload-layers": "packages/offload-layers/benchmarks/disk_offload.py",
     "diffsynth-core-vram": "packages/diffsynth-core-vram/benchmarks/studio.py",
 }
