@@ -31,6 +31,7 @@ from offload_layers._replace import (
 from offload_layers._report import LayerReport, Report, report, reset_counters
 from offload_layers._state import State
 from offload_layers._tier import Tier
+from offload_layers._timeline import Interval, Sample, Timeline, recording
 
 __all__ = [
     "AutoTorchModule",
@@ -42,6 +43,7 @@ __all__ = [
     "BudgetExceededError",
     "ConfigError",
     "IllegalTransitionError",
+    "Interval",
     "LayerReport",
     "LayerSize",
     "LoRAHotLoadMixin",
@@ -55,9 +57,11 @@ __all__ = [
     "Prediction",
     "Rates",
     "Report",
+    "Sample",
     "ShapeMismatchError",
     "State",
     "Tier",
+    "Timeline",
     "disable_vram_management",
     "enable_vram_management",
     "enable_vram_management_recursively",
@@ -65,6 +69,7 @@ __all__ = [
     "offload",
     "plan",
     "probe",
+    "recording",
     "report",
     "reset_counters",
 ]

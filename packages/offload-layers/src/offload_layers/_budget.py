@@ -14,7 +14,8 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from offload_layers._errors import BudgetError, BudgetExceededError
 
 _log = logging.getLogger("offload_layers.budget")
 Result = TypeVar("Result")
+Listener = Callable[[int, int], None]  # is told the bytes that are lent, and of them those of residents
 
 #: layers that pass through the device at once: one computes while the next is fetched
 IN_FLIGHT = 2
@@ -106,6 +108,7 @@ class Budget:
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._largest: tuple[int, int] = (0, 0)  # for this many borrowers, the largest computation_nbytes
         self._lent = self._staying = self._peak = self._refusals = 0
+        self._listeners: tuple[Listener, ...] = ()
 
     @property
     def _memory(self) -> Memory:
@@ -142,6 +145,8 @@ class Budget:
                     return False
             self._entries[lease._key] = dataclasses.replace(entry, is_resident=True)
             self._staying += entry.nbytes
+            if self._listeners:
+                self._tell()
             return True
 
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
@@ -199,6 +204,24 @@ class Budget:
                 "parts of the model, so that less is on the device at once."
             ) from error
 
+    @contextmanager
+    def telling(self, listener: Listener) -> Iterator[None]:
+        """Call *listener* in the block after each change, and at its beginning and end.
+
+        It is called on any thread, one call at a time, and must not use the budget.
+        """
+        with self._lock:
+            self._collect()
+            self._listeners += (listener,)
+            listener(self._lent, self._staying)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._collect()
+                listener(self._lent, self._staying)
+                self._listeners = tuple(other for other in self._listeners if other is not listener)
+
     def reset_peak(self) -> None:
         """Let the peak begin at what is lent now."""
         with self._lock:
@@ -244,6 +267,8 @@ class Budget:
         self._lent += nbytes
         self._staying += nbytes if is_resident else 0
         self._peak = max(self._peak, self._lent)
+        if self._listeners:
+            self._tell()
         return Lease(self, key, nbytes)
 
     def _take_back(self, key: int) -> None:
@@ -254,6 +279,12 @@ class Budget:
         entry = self._entries.pop(key)
         self._lent -= entry.nbytes
         self._staying -= entry.nbytes if entry.is_resident else 0
+        if self._listeners:
+            self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener(self._lent, self._staying)
 
     def _residents(self) -> list[Borrower]:
         """Those that could leave, the longest resident first."""

@@ -3,26 +3,17 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from offload_layers._errors import ConfigError
+from offload_layers._figure import COLOURS, new_figure
 from offload_layers._sizes import format_size
 from offload_layers._tier import Tier
 
 if TYPE_CHECKING:
     from offload_layers._plan import Plan
 
-#: told apart also by those who see no red or green. Source: the palette of Okabe and Ito
-COLOURS = {Tier.DEVICE: "#009E73", Tier.HOST: "#56B4E9", Tier.DISK: "#D55E00"}
-
 
 def plot_plan(plan: "Plan", path: str | os.PathLike[str]) -> None:
     """Draw *plan* into the file *path*."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'offload-layers[plot]'") from error
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3.6)
     axes: Any = figure.add_subplot()
     for tier in Tier:
         chosen = [(i, layer) for i, layer in enumerate(plan.layers) if layer.tier is tier]

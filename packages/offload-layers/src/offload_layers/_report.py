@@ -1,6 +1,7 @@
 """What is where, and what it has cost: per layer and in sum."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from offload_layers._errors import ConfigError
 from offload_layers._layers import AutoTorchModule
 from offload_layers._managed import ManagedModule
 from offload_layers._packed import nbytes
+from offload_layers._pictures import plot_report
 from offload_layers._residency import Residency
 from offload_layers._state import State
 from offload_layers._table import table
@@ -126,6 +128,14 @@ class Report:
     def table(self, top: int = 10) -> str:
         """Return the sums by tier, and the *top* layers that were waited for longest, as text."""
         return table(self, top)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw where the weights are, and which layers waited for them, into a file.
+
+        Raises:
+            ConfigError: matplotlib is missing; the extra ``offload-layers[plot]`` has it.
+        """
+        plot_report(self, path)
 
     def __str__(self) -> str:
         return self.table()

@@ -25,7 +25,8 @@ def table(report: "Report", top: int) -> str:
     ]
     lines = _aligned(rows)
     rule = "-" * max(map(len, lines))
-    lines.insert(1 + len(sums), rule)
+    if waited:
+        lines.insert(1 + len(sums), rule)
     lines.insert(1, rule)
     if len(waited) > top:
         lines.append(f"... and {len(waited) - top:,} more that were waited for")
@@ -57,7 +58,7 @@ def _counts(of: "LayerReport | Sum") -> tuple[str, ...]:
 def seconds(amount: float) -> str:
     """Return *amount* seconds with three significant digits at most, in a unit that fits."""
     for unit, per_second in (("s", 1), ("ms", 1e3)):
-        if amount * per_second >= 1:
+        if amount * per_second >= 1 or not amount:
             return f"{amount * per_second:.3g} {unit}"
     return f"{amount * 1e6:.3g} us"
 

@@ -1,0 +1,167 @@
+"""What happens on the device while a model runs: the bytes that layers hold there, and who computes when."""
+
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_layers._layers import AutoTorchModule
+from offload_layers._pictures import plot_timeline
+from offload_layers._report import budget_of_layers, managed_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The books of the device after one change.
+
+    Attributes:
+        time_s: Seconds since the recording began.
+        lent_nbytes: Bytes that layers hold.
+        resident_nbytes: Of these, the bytes of those that stay between calls.
+    """
+
+    time_s: float
+    lent_nbytes: int
+    resident_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One call of a layer, in seconds on the host since the recording began.
+
+    A device with a queue of its own computes later than the host calls.
+
+    Attributes:
+        name: Dotted name of the layer.
+        begin_s: When it was called.
+        end_s: When the call returned.
+        waited_s: Seconds at its beginning that it has spent with waiting for weights or fetching them.
+        depth: How many layers' calls it is inside of.
+    """
+
+    name: str
+    begin_s: float
+    end_s: float
+    waited_s: float
+    depth: int
+
+
+@dataclass
+class Timeline:
+    """A recording; see `recording`.
+
+    Attributes:
+        device: Where the layers compute.
+        limit_nbytes: Bytes that may be in use there; None: no limit.
+        samples: The bytes held there, after each change, by all models of this process.
+        intervals: The calls of the layers of this model, in the order in which they ended.
+    """
+
+    device: torch.device
+    limit_nbytes: int | None
+    samples: list[Sample] = field(default_factory=list)
+    intervals: list[Interval] = field(default_factory=list)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most that layers held at once."""
+        return max((sample.lent_nbytes for sample in self.samples), default=0)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first sample to the last."""
+        return self.samples[-1].time_s if self.samples else 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of all calls together that were spent with waiting for weights or fetching them."""
+        return sum(interval.waited_s for interval in self.intervals)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recording in types that JSON has."""
+        return {
+            "device": str(self.device),
+            "limit_nbytes": self.limit_nbytes,
+            "samples": [dataclasses.asdict(sample) for sample in self.samples],
+            "intervals": [dataclasses.asdict(interval) for interval in self.intervals],
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the memory of the device and the calls over time into a file.
+
+        Raises:
+            ConfigError: matplotlib is missing; the extra ``offload-layers[plot]`` has it.
+        """
+        plot_timeline(self, path)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Timeline]:
+    """Record, in the block, what the layers of *model* hold of their device, and when they compute.
+
+    Outside of the block nothing is recorded, and that costs nothing.
+
+    Raises:
+        ConfigError: the model has no managed layers, or they compute on several devices.
+    """
+    layers = managed_layers(model)
+    budget = budget_of_layers(model, layers)
+    limits = [layer.limit for layer in layers if layer.limit is not None]
+    timeline = Timeline(budget.device, max(limits, default=None))
+    calls = _Calls(timeline)
+
+    def changed(lent_nbytes: int, resident_nbytes: int) -> None:
+        timeline.samples.append(Sample(perf_counter() - calls.start, lent_nbytes, resident_nbytes))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, AutoTorchModule) and module._owner().weights:
+                begin = module.register_forward_pre_hook(calls.begin, prepend=True)
+                stack.callback(begin.remove)
+                end = module.register_forward_hook(calls.end, always_call=True)
+                stack.callback(end.remove)
+        calls.start = perf_counter()
+        with budget.telling(changed):
+            yield timeline
+
+
+class _Calls:
+    """The hooks that write down the calls of layers."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.start = 0.0
+        self._timeline = timeline
+        self._local = threading.local()
+
+    def begin(self, module: AutoTorchModule, args: Any) -> None:
+        self._running().append((module, perf_counter(), module._owner().counters.waited_s))
+
+    def end(self, module: AutoTorchModule, args: Any, output: Any) -> None:
+        running = self._running()
+        while running:  # a call that another hook has refused has no end
+            begun, begin, waited_s = running.pop()
+            if begun is module:
+                residency = module._owner()
+                self._timeline.intervals.append(
+                    Interval(
+                        name=residency.name,
+                        begin_s=begin - self.start,
+                        end_s=perf_counter() - self.start,
+                        waited_s=residency.counters.waited_s - waited_s,
+                        depth=len(running),
+                    )
+                )
+                return
+
+    def _running(self) -> list[tuple[AutoTorchModule, float, float]]:
+        running: list[tuple[AutoTorchModule, float, float]] | None = getattr(self._local, "running", None)
+        if running is None:
+            running = self._local.running = []
+        return running
