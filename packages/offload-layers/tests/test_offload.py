@@ -15,8 +15,10 @@ from offload_layers import (
     ConfigError,
     MissingTensorError,
     Offloaded,
+    Rates,
     State,
     offload,
+    reset_counters,
 )
 from offload_layers._find import find_layers
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
@@ -307,3 +309,29 @@ def test_the_model_says_where_it_computes() -> None:
     assert handle.remove() is net
     assert type(net) is Library
     assert torch.equal(net(IDS), oracle(IDS))
+
+
+def test_prediction_beside_fact() -> None:
+    rates = Rates(disk_bytes_per_s=1e9, bus_bytes_per_s=1e9, memory_bytes_per_s=1e9, flops=1e9)
+    handle = offload(skeleton(), device="cpu", ram="100kB", source=checkpoint(), rows=10, rates=rates)
+    assert "none was run through the handle yet" in str(handle.report())
+    reset_counters(handle.model)  # the peak is that of all models since the process began
+    for _ in range(3):
+        handle(IDS)
+    fact = handle.report()
+    assert fact.report.peak_nbytes <= 100_000
+    prediction = fact.plan.predict()
+    assert prediction is not None
+    assert fact.forward_s is not None
+    assert fact.forward_s > 0
+    assert fact.report.limit_nbytes == 100_000
+    text = str(fact)
+    assert f"predicted {prediction.total_s:.3g} s, the last one took {fact.forward_s:.3g} s" in text
+    assert "peak on cpu: predicted 89.8 kB, was " in text
+    assert fact.to_dict()["plan"]["prediction"]["total_s"] == prediction.total_s
+    more = fact.with_rows(1000).plan.predict()
+    assert more is not None
+    assert more.total_s > prediction.total_s
+    handle.remove()
+    with pytest.raises(ConfigError, match="Net was given back"):
+        handle.report()

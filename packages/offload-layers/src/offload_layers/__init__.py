@@ -9,6 +9,7 @@ from offload_layers._errors import (
     OffloadLayersError,
     ShapeMismatchError,
 )
+from offload_layers._fact import PlanAndFact
 from offload_layers._layers import (
     AutoTorchModule,
     AutoWrappedLinear,
@@ -52,6 +53,7 @@ __all__ = [
     "Offloaded",
     "Placement",
     "Plan",
+    "PlanAndFact",
     "PlannedLayer",
     "Policy",
     "Prediction",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import ConfigError
+from offload_layers._fact import PlanAndFact
 from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
 from offload_layers._headers import find_files, read_headers
@@ -26,6 +28,7 @@ from offload_layers._probe import probe
 from offload_layers._progress import watched
 from offload_layers._rates import Rates
 from offload_layers._replace import disable_vram_management
+from offload_layers._report import report
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype, with_ties
@@ -54,10 +57,21 @@ class Offloaded:
         self.plan = plan
         self._layers = [weakref.ref(layer) for layer in layers]
         self._is_removed = False
+        self._forward_s: float | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        return self.model(*args, **kwargs)
+        """Run the model, and take the time until its device is done."""
+        start = time.perf_counter()
+        output = self.model(*args, **kwargs)
+        if self.plan.device.type != "cpu":
+            torch.get_device_module(self.plan.device).synchronize(self.plan.device)
+        self._forward_s = time.perf_counter() - start
+        return output
+
+    def report(self) -> PlanAndFact:
+        """Return what is where and what it has cost, beside what was predicted."""
+        self._managed()
+        return PlanAndFact(self.plan, report(self.model), self._forward_s)
 
     def onload(self) -> None:
         """Bring what the plan keeps in host memory there: the model is needed soon."""
@@ -120,6 +134,8 @@ def offload(
     source: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
+    rows: int = _TYPICAL_ROWS,
+    rates: Rates | None = None,
 ) -> Offloaded:
     """Let *model* compute on *device* within *vram* bytes of its memory and *ram* bytes of the host's.
 
@@ -136,6 +152,8 @@ def offload(
         source: Mapping from names to tensors, e.g. ``safemap.DiskMap``. Without one, weights stay in memory.
         dtype: In which the model computes; None: each weight in its own. Buffers keep theirs.
         storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
+        rows: Rows of a layer's input, such as tokens, for which the plan predicts a forward.
+        rates: Of the machine, from `probe`; None: no time is predicted.
 
     Returns:
         A handle; the model itself can be used as before.
@@ -150,7 +168,7 @@ def offload(
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
     sizes = [_size(layer, checked, dtype, storage_dtype) for layer in found]
-    plan = _plan(sizes, target, vram, ram, rows=_TYPICAL_ROWS, rates=None)
+    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates)
 
     schedule = Schedule()
     computation = Placement(target, dtype)
