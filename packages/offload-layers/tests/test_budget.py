@@ -120,3 +120,20 @@ def test_repr(budget: Budget) -> None:
     layer = Layer("l", 2048, budget)
     stay(layer, budget, None)
     assert repr(budget) == "<Budget cpu 2,048 bytes lent, 1 residents>"
+
+
+def test_a_listener_is_told_each_change(budget: Budget) -> None:
+    small, large = Layer("small", 10, budget), Layer("large", 25, budget)
+    told: list[tuple[int, int]] = []
+    with budget.telling(lambda lent, staying: told.append((lent, staying))):
+        assert stay(small, budget, None)
+        passing = budget.borrow(large, 25, limit=None)
+        assert budget.try_keep(passing, limit=None)
+        passing.give_back()
+        ahead = budget.borrow_ahead(large, 25, limit=None)
+        assert ahead is not None
+        ahead.give_back()
+        del ahead, passing
+    assert told == [(0, 0), (10, 10), (35, 10), (35, 35), (10, 10), (35, 10), (10, 10), (10, 10)]
+    stay(large, budget, None)
+    assert len(told) == 8

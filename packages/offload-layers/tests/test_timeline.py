@@ -10,6 +10,7 @@ import pytest
 import torch
 from offload_layers import (
     AutoWrappedLinear,
+    AutoWrappedModule,
     AutoWrappedNonRecurseModule,
     ConfigError,
     Report,
@@ -163,8 +164,33 @@ def test_nothing_is_left_afterwards() -> None:
     samples, intervals = len(timeline.samples), len(timeline.intervals)
     model(X)
     assert (len(timeline.samples), len(timeline.intervals)) == (samples, intervals)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
+    assert not any("forward" in layer.__dict__ for layer in model)
     assert model[0]._owner().budget._listeners == ()
+
+
+def test_forwards_that_others_have_replaced_are_put_back() -> None:
+    model = managed(linears())
+    forward = model[0].forward
+    replaced = model[0].forward = lambda x: forward(x) + 1
+    expected = model(X)
+    with recording(model) as timeline:
+        assert torch.equal(model(X), expected)
+    assert len(timeline.intervals) == LAYERS
+    assert model[0].__dict__["forward"] is replaced
+
+
+def test_layers_compute_as_they_do_unwatched() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval()
+    model: Any = nn.Sequential(layer)
+    source = CountingSource(model.state_dict())
+    enable_vram_management(model, {nn.TransformerEncoderLayer: AutoWrappedModule}, DISK, None, source)
+    x = X.view(2, 1, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):  # where two ways of computing differ most
+        expected = model(x)
+        with recording(model):
+            found = model(x)
+    assert torch.equal(found, expected)
 
 
 def test_two_recordings_at_once() -> None:

@@ -8,6 +8,7 @@ from offload_layers._errors import (
     MissingTensorError,
     OffloadLayersError,
     ShapeMismatchError,
+    VerificationError,
 )
 from offload_layers._fact import PlanAndFact
 from offload_layers._layers import (
@@ -33,6 +34,7 @@ from offload_layers._report import LayerReport, Report, report, reset_counters
 from offload_layers._state import State
 from offload_layers._tier import Tier
 from offload_layers._timeline import Interval, Sample, Timeline, recording
+from offload_layers._verify import Difference, Verification, verify
 
 __all__ = [
     "AutoTorchModule",
@@ -43,6 +45,7 @@ __all__ = [
     "BudgetError",
     "BudgetExceededError",
     "ConfigError",
+    "Difference",
     "IllegalTransitionError",
     "Interval",
     "LayerReport",
@@ -64,6 +67,8 @@ __all__ = [
     "State",
     "Tier",
     "Timeline",
+    "Verification",
+    "VerificationError",
     "disable_vram_management",
     "enable_vram_management",
     "enable_vram_management_recursively",
@@ -74,4 +79,5 @@ __all__ = [
     "recording",
     "report",
     "reset_counters",
+    "verify",
 ]

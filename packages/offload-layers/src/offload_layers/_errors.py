@@ -21,6 +21,10 @@ class BudgetExceededError(OffloadLayersError, MemoryError):
     """The device has no memory left for a layer, although every layer that could leave it has left."""
 
 
+class VerificationError(OffloadLayersError, AssertionError):
+    """A managed layer gave another result than the plain one."""
+
+
 class MissingTensorError(OffloadLayersError, KeyError):
     """The source has no tensor for a parameter that has no values of its own."""
 

@@ -184,7 +184,14 @@ class AutoTorchModule(ManagedModule):
         return policy
 
     @classmethod
+    def _computing(cls, own_forward: Forward) -> Forward:
+        """Return what the layer computes once its weights are there."""
+        return own_forward
+
+    @classmethod
     def _managed_forward(cls, own_forward: Forward) -> Forward:
+        own_forward = cls._computing(own_forward)
+
         def forward(self: AutoTorchModule, *args: Any, **kwargs: Any) -> Any:
             residency = self.__dict__["_residency"]
             try:
@@ -305,11 +312,11 @@ class _EightBitLinear(AutoWrappedLinear):
     """One that computes in eight-bit floats."""
 
     @classmethod
-    def _managed_forward(cls, own_forward: Forward) -> Forward:
+    def _computing(cls, own_forward: Forward) -> Forward:
         def multiply(self: nn.Linear, input: Tensor) -> Tensor:
             weight = self.weight
             if weight.dtype in FP8:
                 return eight_bit_linear(input, weight, self.bias)
             return own_forward(self, input)  # type: ignore[no-any-return]  # computation_dtype was changed
 
-        return super()._managed_forward(multiply)
+        return multiply

@@ -264,6 +264,13 @@ class Resting:
         with self._lock:
             return self._tiers.values(weight, self.source)
 
+    def origin(self, weight: Weight) -> tuple[Tensor, list[Placement]]:
+        """Return a weight's values at rest, and the placements that they pass to be computed with."""
+        with self._lock:
+            values, height = self._tiers.origin(weight, self.source)
+            passed = [self.policy[_STATE[h]] for h in range(height + 1, self._tiers.height + 1)]
+        return values, [*(p for p in passed if not p.is_disk), self.policy.computation]
+
     def replace(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Take *parameter* as the new values of a weight; one on disk is in host memory from now on."""
         with self.at_home():

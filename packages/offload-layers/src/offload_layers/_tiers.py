@@ -102,13 +102,18 @@ class TierStack:
 
     def values(self, weight: Weight, source: Source | None) -> Tensor:
         """Return a weight's values at rest, in the dtype in which they are kept."""
+        return self.origin(weight, source)[0]
+
+    def origin(self, weight: Weight, source: Source | None) -> tuple[Tensor, int]:
+        """Return a weight's values at rest, and the height of the tier that holds them."""
         index = self._weights.index(weight)
-        for tier in reversed(self._tiers[1:]):  # a copy above one that was changed has the change too
+        for height in range(self.height, 1, -1):  # a copy above one that was changed has the change too
+            tier = self._tiers[height - 1]
             copy = tier.parameters[index]
             if fingerprint(copy) != tier.made_as[index] and weight.keeps_change_of(copy):
-                return copy
+                return copy, height
         home = self._tiers[0].parameters[index]
-        return weight.read(source) if home.is_meta else home
+        return weight.read(source) if home.is_meta else home, 1
 
     def forget(self, weight: Weight) -> None:
         """Drop one weight from all tiers."""

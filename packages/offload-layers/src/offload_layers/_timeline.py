@@ -1,6 +1,7 @@
 """What happens on the device while a model runs: the bytes that layers hold there, and who computes when."""
 
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload_layers._around import Forward, around_forward
 from offload_layers._layers import AutoTorchModule
 from offload_layers._pictures import plot_timeline
 from offload_layers._report import budget_of_layers, managed_layers
+from offload_layers._residency import Residency
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,45 +126,35 @@ def recording(model: nn.Module) -> Iterator[Timeline]:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, AutoTorchModule) and module._owner().weights:
-                begin = module.register_forward_pre_hook(calls.begin, prepend=True)
-                stack.callback(begin.remove)
-                end = module.register_forward_hook(calls.end, always_call=True)
-                stack.callback(end.remove)
+                watched = functools.partial(calls.watch, module._owner())
+                stack.enter_context(around_forward(module, watched))
         calls.start = perf_counter()
         with budget.telling(changed):
             yield timeline
 
 
 class _Calls:
-    """The hooks that write down the calls of layers."""
+    """Writes down the calls of layers."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.start = 0.0
         self._timeline = timeline
         self._local = threading.local()
 
-    def begin(self, module: AutoTorchModule, args: Any) -> None:
-        self._running().append((module, perf_counter(), module._owner().counters.waited_s))
-
-    def end(self, module: AutoTorchModule, args: Any, output: Any) -> None:
-        running = self._running()
-        while running:  # a call that another hook has refused has no end
-            begun, begin, waited_s = running.pop()
-            if begun is module:
-                residency = module._owner()
-                self._timeline.intervals.append(
-                    Interval(
-                        name=residency.name,
-                        begin_s=begin - self.start,
-                        end_s=perf_counter() - self.start,
-                        waited_s=residency.counters.waited_s - waited_s,
-                        depth=len(running),
-                    )
-                )
-                return
-
-    def _running(self) -> list[tuple[AutoTorchModule, float, float]]:
-        running: list[tuple[AutoTorchModule, float, float]] | None = getattr(self._local, "running", None)
-        if running is None:
-            running = self._local.running = []
-        return running
+    def watch(self, layer: Residency, forward: Forward, args: Any, kwargs: Any) -> Any:
+        depth = getattr(self._local, "depth", 0)
+        waited_s, begin = layer.counters.waited_s, perf_counter()
+        self._local.depth = depth + 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            end = perf_counter()
+            self._local.depth = depth
+            interval = Interval(
+                name=layer.name,
+                begin_s=begin - self.start,
+                end_s=end - self.start,
+                waited_s=layer.counters.waited_s - waited_s,
+                depth=depth,
+            )
+            self._timeline.intervals.append(interval)
