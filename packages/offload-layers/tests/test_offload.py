@@ -311,6 +311,19 @@ def test_the_model_says_where_it_computes() -> None:
     assert torch.equal(net(IDS), oracle(IDS))
 
 
+@pytest.mark.parametrize("ram", ["1GB", 120_000, 40_000])
+def test_the_handle_checks_itself(ram: str | int) -> None:
+    source = checkpoint()
+    handle = offload(skeleton(), device="cpu", ram=ram, source=source)
+    for _ in range(2):
+        found = handle.verify(IDS)
+        assert found.is_equal, found
+        assert found.unchecked == ()
+    handle.remove()
+    with pytest.raises(ConfigError, match="Net was given back"):
+        handle.verify(IDS)
+
+
 def test_prediction_beside_fact() -> None:
     rates = Rates(disk_bytes_per_s=1e9, bus_bytes_per_s=1e9, memory_bytes_per_s=1e9, flops=1e9)
     handle = offload(skeleton(), device="cpu", ram="100kB", source=checkpoint(), rows=10, rates=rates)

@@ -34,6 +34,7 @@ from offload_layers._sizes import parse_size
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype, with_ties
 from offload_layers._state import State
 from offload_layers._tier import Tier
+from offload_layers._verify import Verification, verify
 
 _log = logging.getLogger("offload_layers.offload")
 _CPU = torch.device("cpu")
@@ -72,6 +73,11 @@ class Offloaded:
         """Return what is where and what it has cost, beside what was predicted."""
         self._managed()
         return PlanAndFact(self.plan, report(self.model), self._forward_s)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Run the model once on these inputs, and compare each layer with the plain one; see `verify`."""
+        self._managed()
+        return verify(self.model, *args, **kwargs)
 
     def onload(self) -> None:
         """Bring what the plan keeps in host memory there: the model is needed soon."""

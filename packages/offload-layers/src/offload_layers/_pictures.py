@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offload_layers._timeline import Interval, Timeline
 
 _NAMES = 12  # labels that fit under the layers
-_NAMED_SHARE = 0.07  # of the recording: calls that are long enough for a name
+_NAMED_SHARE = 0.05  # of the recording: calls that are long enough for a name
 _DEEPEST = 3  # levels of calls inside of calls that are drawn
 
 
@@ -48,12 +48,13 @@ def plot_timeline(timeline: "Timeline", path: str | os.PathLike[str]) -> None:
     depth = min(_DEEPEST, 1 + max((interval.depth for interval in timeline.intervals), default=0))
     figure = _figure.new_figure(10, 4.2 + 0.4 * depth)
     above, below = figure.subplots(2, sharex=True, height_ratios=[7, 1 + depth])
-    _draw_memory(above, timeline)
-    _draw_calls(below, timeline, depth)
+    unit, per_second = ("s", 1.0) if timeline.duration_s >= 2 else ("ms", 1e3)
+    _draw_memory(above, timeline, per_second)
+    _draw_calls(below, timeline, depth, per_second)
     for axes in (above, below):
         _figure.tidy(axes)
-    below.set_xlim(0, 1e3 * timeline.duration_s or 1)
-    below.set_xlabel("time on the host, ms", color=_figure.INK)
+    below.set_xlim(0, per_second * timeline.duration_s or 1)
+    below.set_xlabel(f"time on the host, {unit}", color=_figure.INK)
     above.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=9)
     below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
     _figure.title(
@@ -114,8 +115,8 @@ def _name_layers(axes: Any, layers: Sequence["LayerReport"]) -> None:
     axes.set_xticks(list(at), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=8)
 
 
-def _draw_memory(axes: Any, timeline: "Timeline") -> None:
-    times = [1e3 * sample.time_s for sample in timeline.samples]
+def _draw_memory(axes: Any, timeline: "Timeline", per_second: float) -> None:
+    times = [per_second * sample.time_s for sample in timeline.samples]
     residents = [sample.resident_nbytes for sample in timeline.samples]
     lent = [sample.lent_nbytes for sample in timeline.samples]
     green, orange = _figure.COLOURS[Tier.DEVICE], _figure.ORANGE
@@ -133,31 +134,41 @@ def _draw_memory(axes: Any, timeline: "Timeline") -> None:
     _figure.bytes_axis(axes, 1.05 * top)
 
 
-def _draw_calls(axes: Any, timeline: "Timeline", depth: int) -> None:
+def _draw_calls(axes: Any, timeline: "Timeline", depth: int, per_second: float) -> None:
     drawn = [interval for interval in timeline.intervals if interval.depth < depth]
     for level in range(depth):
         calls = [i for i in drawn if i.depth == level]
-        _spans(axes, [(i.begin_s, i.end_s) for i in calls], level, _figure.BLUE, "" if level else "computing")
-        waits = [(i.begin_s, min(i.end_s, i.begin_s + i.waited_s)) for i in calls if i.waited_s > 0]
-        _spans(axes, waits, level, _figure.VERMILION, "" if level else "waiting for weights")
+        waits = [i for i in calls if i.waited_s > 0]
+        spans = [(per_second * i.begin_s, per_second * (i.end_s - i.begin_s)) for i in calls]
+        _spans(axes, spans, level, _figure.BLUE, "computing", linewidth=0.4)
+        spans = [(per_second * i.begin_s, per_second * i.waited_s) for i in waits]
+        _spans(axes, spans, level, _figure.VERMILION, "waiting for weights", linewidth=0)
     for interval in drawn:
-        _name_call(axes, interval, timeline.duration_s)
+        computing_s = interval.end_s - interval.begin_s - interval.waited_s
+        if computing_s > _NAMED_SHARE * timeline.duration_s:
+            middle = per_second * (interval.end_s - computing_s / 2)
+            _write_name(axes, interval, middle)
     axes.set_ylim(depth - 0.4, -0.6)
     axes.set_yticks([])
     axes.set_ylabel("calls", color=_figure.INK)
 
 
-def _spans(axes: Any, spans: Sequence[tuple[float, float]], level: int, colour: str, label: str) -> None:
-    lengths = [(1e3 * begin, 1e3 * (end - begin)) for begin, end in spans]
+def _spans(
+    axes: Any, spans: Sequence[tuple[float, float]], level: int, colour: str, what: str, *, linewidth: float
+) -> None:
+    label = None if level else what  # once in the legend
     axes.broken_barh(
-        lengths, (level - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.4, label=label or None
+        spans, (level - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=linewidth, label=label
     )
 
 
-def _name_call(axes: Any, interval: "Interval", duration_s: float) -> None:
-    computing_s = interval.end_s - interval.begin_s - interval.waited_s
-    if computing_s > _NAMED_SHARE * duration_s:
-        middle = 1e3 * (interval.end_s - computing_s / 2)
-        name = _figure.short_name(interval.name)
-        at = (middle, interval.depth)
-        axes.annotate(name, at, ha="center", va="center", fontsize=7, color="white", annotation_clip=True)
+def _write_name(axes: Any, interval: "Interval", middle: float) -> None:
+    axes.annotate(
+        _figure.short_name(interval.name),
+        (middle, interval.depth),
+        ha="center",
+        va="center",
+        fontsize=7,
+        color="white",
+        annotation_clip=True,
+    )
