@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from offload_layers import AutoWrappedLinear, enable_vram_management
+from offload_layers import AutoWrappedLinear, enable_vram_management, recording, verify
+from offload_layers.testing import CountingSource
 from torch import nn
 
 pytestmark = [
@@ -44,4 +45,18 @@ def test_a_resident_model_is_one_graph() -> None:
     model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, CPU)
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 8)
+    assert torch.equal(compiled(x), plain()(x))
+
+
+def test_watched_calls_run_uncompiled() -> None:
+    source = CountingSource(plain().state_dict())
+    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 8)
+    compiled(x)
+    with recording(model) as timeline:
+        assert torch.equal(compiled(x), plain()(x))
+    assert [interval.name for interval in timeline.intervals] == ["0", "2"]
+    found = verify(compiled, x)
+    assert (found.layers_checked, found.differences) == (2, ())
     assert torch.equal(compiled(x), plain()(x))

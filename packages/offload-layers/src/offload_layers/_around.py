@@ -1,6 +1,7 @@
 """Watching the calls of a module without changing what it does.
 
-Not by hooks: torch's own attention layers compute in another way, with other bits, when a module has any.
+Not by hooks: torch's own attention layers compute in another way, with other bits, when a module has any. A
+compiled model runs such a module uncompiled.
 """
 
 import functools
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from offload_layers._uncompiled import uncompiled
 
 Forward = Callable[..., Any]
 #: is given the forward of a module, and the arguments of a call; returns what the call is to return
@@ -21,9 +24,13 @@ def around_forward(module: nn.Module, around: Around) -> Iterator[None]:
     forward = module.forward
     own = module.__dict__.get("forward")  # somebody has put one of their own in the place of the class's
 
+    @uncompiled
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return around(forward, args, kwargs)
+
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        return around(forward, args, kwargs)
+        return call(args, kwargs)
 
     module.__dict__["forward"] = watched
     try:

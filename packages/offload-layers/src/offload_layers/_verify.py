@@ -162,12 +162,12 @@ class _Checker:
     def _compare(self, layer: Residency, output: Any, plain: Any) -> None:
         ours, plains = pytree.tree_leaves(output), pytree.tree_leaves(plain)
         pairs = [(a, b) for a, b in zip(ours, plains, strict=False) if isinstance(a, Tensor)]
-        if not pairs:
-            return
-        self.checked.add(layer)
+        if pairs:
+            self.checked.add(layer)
         for a, b in pairs:
             self._note(layer.name, a, b)
-        if len(ours) != len(plains):
+        if [isinstance(a, Tensor) for a in ours] != [isinstance(b, Tensor) for b in plains]:
+            self.checked.add(layer)
             self.differences[layer.name] = Difference(layer.name, math.inf, ())
 
     def _note(self, name: str, ours: Tensor, plain: Any) -> None:
