@@ -15,7 +15,8 @@ from offload_layers._errors import ConfigError
 from offload_layers._fact import PlanAndFact
 from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
-from offload_layers._headers import find_files, read_headers
+from offload_layers._headers import find_files
+from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mapping
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import available_ram, free_vram, total_vram
@@ -31,7 +32,7 @@ from offload_layers._replace import disable_vram_management
 from offload_layers._report import report
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
-from offload_layers._source import Source, check_in_source, check_source, stored_dtype, with_ties
+from offload_layers._source import Source, check_source, with_ties
 from offload_layers._state import State
 from offload_layers._tier import Tier
 from offload_layers._verify import Verification, verify
@@ -173,7 +174,7 @@ def offload(
     given = check_source(source)
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
-    sizes = [_size(layer, checked, dtype, storage_dtype) for layer in found]
+    sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
     plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates)
 
     schedule = Schedule()
@@ -235,12 +236,12 @@ def plan(
     file = None
     if isinstance(model, nn.Module):
         given = check_source(source)
-        sizes = [_size(layer, given, dtype, storage_dtype) for layer in _find(model)]
+        sizes = [size_of(layer, given, dtype, storage_dtype) for layer in _find(model)]
     elif isinstance(model, Mapping):
-        sizes = _sizes_of_mapping(model, dtype, storage_dtype)
+        sizes = sizes_of_mapping(model, dtype, storage_dtype)
     else:
         files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
-        sizes = _sizes_of_files(files, dtype, storage_dtype)
+        sizes = sizes_of_files(files, dtype, storage_dtype)
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or torch.bfloat16)
@@ -279,62 +280,6 @@ def _find(model: nn.Module) -> list[Found]:
     if not found:
         raise ConfigError(f"{type(model).__name__} has no parameters to manage")
     return found
-
-
-def _size(
-    layer: Found, source: Source | None, dtype: torch.dtype | None, storage_dtype: torch.dtype | None
-) -> LayerSize:
-    numel = nbytes = stored_nbytes = 0
-    names = {id(p): n for n, p in layer.module.named_parameters(layer.name)}
-    is_on_disk = source is not None
-    for parameter in layer.parameters():
-        name, stored = names[id(parameter)], parameter.dtype
-        if source is not None and (parameter.is_meta or name in source):
-            check_in_source(source, name, parameter.shape)
-            stored = stored_dtype(source, name, stored)
-        else:
-            is_on_disk = False
-        numel += parameter.numel()
-        nbytes += parameter.numel() * _dtype(stored, dtype).itemsize
-        stored_nbytes += parameter.numel() * _dtype(stored, storage_dtype).itemsize
-    return LayerSize(layer.name, numel, nbytes, stored_nbytes, is_on_disk)
-
-
-def _sizes_of_files(
-    files: list[Any], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
-) -> list[LayerSize]:
-    tensors = [(t.name, t.numel, t.nbytes, t.is_floating_point) for t in read_headers(files)]
-    return _grouped(tensors, dtype, storage_dtype)
-
-
-def _sizes_of_mapping(
-    source: Mapping[str, Tensor], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
-) -> list[LayerSize]:
-    info = getattr(source, "info", source.__getitem__)
-    tensors = []
-    for name in source:
-        found = info(name)
-        numel = found.shape.numel()
-        tensors.append((name, numel, numel * found.dtype.itemsize, found.dtype.is_floating_point))
-    return _grouped(tensors, dtype, storage_dtype)
-
-
-def _grouped(
-    tensors: list[tuple[str, int, int, bool]], dtype: torch.dtype | None, storage_dtype: torch.dtype | None
-) -> list[LayerSize]:
-    """Take the tensors whose names differ in the last part for those of one layer."""
-    layers: dict[str, LayerSize] = {}
-    for name, numel, in_file, is_floating_point in tensors:
-        layer = name.rpartition(".")[0]
-        nbytes = numel * dtype.itemsize if dtype is not None and is_floating_point else in_file
-        stored = (
-            numel * storage_dtype.itemsize if storage_dtype is not None and is_floating_point else in_file
-        )
-        before = layers.get(layer, LayerSize(layer, 0, 0, 0))
-        layers[layer] = LayerSize(
-            layer, before.numel + numel, before.nbytes + nbytes, before.stored_nbytes + stored
-        )
-    return list(layers.values())
 
 
 class _Snapshot:
@@ -388,10 +333,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
-
-
-def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and stored.is_floating_point else stored
 
 
 def _check_dtypes(dtype: object, storage_dtype: object) -> None:
