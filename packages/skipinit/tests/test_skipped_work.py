@@ -22,6 +22,7 @@ VALUES: dict[str, Callable[[], Tensor]] = {
     "filled": lambda: torch.zeros(HUGE, HUGE).normal_(std=0.02),
     "joined": lambda: torch.cat([torch.zeros(1, HUGE), torch.randn(HUGE, HUGE)]),
     "like": lambda: torch.zeros_like(torch.randn(HUGE, HUGE)),
+    "random_like": lambda: torch.randn_like(nn.Parameter(torch.empty(HUGE, HUGE))),
     "new": lambda: torch.ones(HUGE, HUGE).new_zeros(HUGE, HUGE),
     "new_of_sizes": lambda: torch.ones(HUGE, HUGE).new(HUGE, HUGE),
 }
