@@ -8,10 +8,12 @@ Needs diffusers and safemap; measures accelerate and DiffSynth-Studio where they
 """
 
 import argparse
+import ctypes
 import datetime
 import importlib
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -30,12 +32,23 @@ import torch
 from torch import nn
 
 CONFIG = {"num_layers": 12, "attention_head_dim": 128, "num_attention_heads": 12, "joint_attention_dim": 3584}
-TOKENS = {"small": (4, 64), "moderate": (32, 64)}  # side of the image in tokens, text tokens
+TOKENS = {  # side of the image in tokens, text tokens
+    "small": (4, 64),
+    "moderate": (32, 64),
+    "few": (3, 8),
+}
+WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
 FORWARDS = 20  # over which growth is measured
 LINE = "{:30} {:>7} {:>7} {:>9} {:>7} {:>9} {:>8} {:>8} {:>7}"
 RESTING = ("offload", "onload", "preparing")
+
+
+def use(dtype: torch.dtype) -> None:
+    """Measure in this dtype, with as many layers as make the same bytes."""
+    CONFIG["num_layers"] = 12 * torch.bfloat16.itemsize // dtype.itemsize
+    WEIGHTS["dtype"] = dtype
 
 
 def model_class() -> Any:
@@ -54,15 +67,13 @@ def skeleton() -> nn.Module:
 def inputs(model: Any, tokens: str) -> dict[str, Any]:
     side, text = TOKENS[tokens]
     generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, side * side, model.config.in_channels, generator=generator)
+    texts = torch.randn(1, text, CONFIG["joint_attention_dim"], generator=generator)
     return {
-        "hidden_states": torch.randn(
-            1, side * side, model.config.in_channels, generator=generator
-        ).bfloat16(),
-        "encoder_hidden_states": torch.randn(
-            1, text, CONFIG["joint_attention_dim"], generator=generator
-        ).bfloat16(),
+        "hidden_states": images.to(WEIGHTS["dtype"]),
+        "encoder_hidden_states": texts.to(WEIGHTS["dtype"]),
         "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.bool),
-        "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
+        "timestep": torch.tensor([0.5], dtype=WEIGHTS["dtype"]),
         "img_shapes": [[(1, side, side)]],
         "return_dict": False,
     }
@@ -81,7 +92,7 @@ def make_checkpoint(folder: Path) -> None:
     for name, parameter in [*skeleton().state_dict().items(), (None, None)]:
         if name is not None and parameter is not None:
             values = torch.randn(parameter.shape, generator=generator) * 0.02
-            shard[name] = values.bfloat16()
+            shard[name] = values.to(WEIGHTS["dtype"])
         if shard and (name is None or sum(t.nbytes for t in shard.values()) > SHARD_NBYTES):
             save_file(shard, folder / f"model-{shards}.safetensors")
             shard, shards = {}, shards + 1
@@ -123,7 +134,7 @@ def ours(folder: Path, *, mmap: bool) -> nn.Module:
 
     faces = module_map(layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
     source = DiskMap(files(folder), mmap=mmap)
-    return layers.enable_vram_management(skeleton(), faces, on_disk(torch.bfloat16), None, source)
+    return layers.enable_vram_management(skeleton(), faces, on_disk(WEIGHTS["dtype"]), None, source)
 
 
 class BesideReading(nn.Module):
@@ -174,7 +185,7 @@ def diffsynth(folder: Path) -> nn.Module:
     disk_map = layers.DiskMap(files(folder), "cpu")
     with layers.skip_model_initialization():
         model = model_class()(**CONFIG).eval()
-    return layers.enable_vram_management(model, faces, on_disk(torch.bfloat16), None, disk_map)  # type: ignore[no-any-return]
+    return layers.enable_vram_management(model, faces, on_disk(WEIGHTS["dtype"]), None, disk_map)  # type: ignore[no-any-return]
 
 
 def accelerate(folder: Path, *, disk: bool) -> nn.Module:
@@ -246,8 +257,19 @@ class PeakOfAnonymous(threading.Thread):
         self.join()
 
 
+def unmap(folder: Path) -> None:
+    """Let this process' mapped pages of the files go: what is mapped stays in the page cache."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder.resolve()) in line:
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            madvise(start, end - start, mmap.MADV_DONTNEED)
+
+
 def forget(folder: Path) -> None:
     """Drop the checkpoint, and what peers have made of it, from the page cache."""
+    unmap(folder)
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -353,44 +375,62 @@ def in_a_process(arguments: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of forwards (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--tokens", nargs="+", default=list(TOKENS)[:2], choices=list(TOKENS))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
     parser.add_argument("--cold", action="store_true", help="also with nothing in the page cache")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     options = parser.parse_args()
     if options.measure:
-        subject, folder, tokens, rounds, threads, what = options.measure
+        subject, folder, tokens, rounds, threads, what, dtype = options.measure
+        use(getattr(torch, dtype))
         found = measure(subject, Path(folder), tokens, int(rounds), int(threads), what)
         print(json.dumps(found))
         return
+    use(getattr(torch, options.dtype))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         make_checkpoint(folder)
         rows = []
         print(
-            LINE.format("subject", "threads", *TOKENS, *(f"{t}*" for t in TOKENS), "peak", "mapped", "growth")
+            LINE.format(
+                "subject",
+                "threads",
+                *options.tokens,
+                *(f"{t}*" for t in options.tokens),
+                "peak",
+                "mapped",
+                "growth",
+            )
         )
         for subject in options.subjects:
-            used = in_a_process([subject, str(folder), "small", "0", "2", "memory"])
+            used = in_a_process([subject, str(folder), options.tokens[0], "0", "2", "memory", options.dtype])
             for threads in options.threads:
                 row = {"subject": subject, "threads": threads, "memory": used}
-                for tokens in TOKENS:
+                for tokens in options.tokens:
                     arguments = [subject, str(folder), tokens, str(options.rounds), str(threads)]
-                    row[tokens] = in_a_process([*arguments, "time"])
+                    row[tokens] = in_a_process([*arguments, "time", options.dtype])
                     if options.cold:
-                        row[f"{tokens}, cold"] = in_a_process([*arguments, "cold"])
+                        row[f"{tokens}, cold"] = in_a_process([*arguments, "cold", options.dtype])
                 rows.append(row)
-                show(row)
+                show(row, options.tokens)
     if options.output:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
-        text = {"date": str(datetime.date.today()), "machine": machine, "config": CONFIG, "rows": rows}
+        text = {
+            "date": str(datetime.date.today()),
+            "machine": machine,
+            "config": CONFIG,
+            "dtype": options.dtype,
+            "rows": rows,
+        }
         options.output.write_text(json.dumps(text, indent=1))
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any], tokens: list[str]) -> None:
     def cell(values: dict[str, Any], key: str, scale: float = 1.0, form: str = ".2f") -> str:
         return format(values[key] / scale, form) if key in values else "-"
 
@@ -398,7 +438,7 @@ def show(row: dict[str, Any]) -> None:
         values = row.get(name, {})
         return cell(values, "ratio") + ("" if values.get("identical", True) else "!")
 
-    times = [ratio(tokens) for tokens in TOKENS] + [ratio(f"{tokens}, cold") for tokens in TOKENS]
+    times = [ratio(t) for t in tokens] + [ratio(f"{t}, cold") for t in tokens]
     used = [cell(row["memory"], f"{k}_nbytes", 1e6, ",.0f") for k in ("peak", "mapped", "growth")]
     print(LINE.format(row["subject"], row["threads"], *times, *used), flush=True)
     for part, values in row.items():
