@@ -1,12 +1,14 @@
-"""GGUF files: what is not quantized is read as from any file, the rest is refused by name."""
+"""GGUF files: what is not quantized is read as from any file, the rest is decoded by the package gguf."""
 
+import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safemap import DiskMap, FormatError, UnsupportedTensorError
+from safemap import DiskMap, FileChangedError, FormatError, UnsupportedTensorError
 from safemap._gguf import TYPES
 from safemap.testing import assert_same
 
@@ -59,17 +61,91 @@ def test_plain_types(code: str, tmp_path: Path) -> None:
         assert disk_map.metadata == {"general.name": "täst", "flag": "True", "general.alignment": "64"}
 
 
-def test_quantized_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = [describe("q", (2, 64), "Q8_0", 0), describe("plain", (4,), "I8", 160)]
-    (tmp_path / "m.gguf").write_bytes(gguf_bytes(tensors, bytes(136 + 24) + b"abcd"))
-    disk_map = DiskMap(tmp_path / "m.gguf")
-    assert disk_map.nbytes("q") == 136
+def quantized(tmp_path: Path, code: str, shape: tuple[int, ...] = (2, 512)) -> Path:
+    """A file with the tensor "q" of finite random blocks, and one that is not quantized after it."""
+    number, (_, elements, nbytes) = NUMBERS[code], TYPES[NUMBERS[code]]
+    size = torch.Size(shape).numel() // elements * nbytes
+    generator = torch.Generator().manual_seed(number)
+    data = bytes(torch.randint(0, 60, (size,), generator=generator).tolist())
+    padded = data + bytes(-size % 32)
+    tensors = [describe("q", shape, code, 0), describe("plain", (4,), "I8", len(padded))]
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(tensors, padded + b"abcd"))
+    return tmp_path / "m.gguf"
+
+
+def test_without_the_package_quantized_tensors_are_listed_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    disk_map = DiskMap(quantized(tmp_path, "Q8_0"))
+    info = disk_map.info("q")
+    assert (info.dtype, info.shape, info.encoding) == (torch.float32, (2, 512), "Q8_0")
+    assert info.nbytes == disk_map.nbytes("q") == 1088
+    assert disk_map.info("plain").encoding is None
     assert disk_map["plain"].tolist() == [97, 98, 99, 100]
-    for use in (disk_map.__getitem__, disk_map.info):
-        with pytest.raises(
-            UnsupportedTensorError, match=r'tensor "q" of .* has dtype Q8_0 and shape \[2, 64\]'
-        ):
-            use("q")
+    with pytest.raises(UnsupportedTensorError, match=r'tensor "q" of .*Q8_0.*pip install safemap\[gguf\]'):
+        disk_map["q"]
+
+
+def decoded(path: Path) -> torch.Tensor:
+    """What the package reads, by its own reader."""
+    gguf = pytest.importorskip("gguf")
+    tensor = gguf.GGUFReader(str(path)).tensors[0]
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(values.copy()).view(tuple(reversed(tensor.shape.tolist())))
+
+
+@pytest.mark.parametrize("code", [code for code, block, _ in TYPES.values() if block > 1])
+def test_quantized_tensors_equal_those_of_the_package(code: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = quantized(tmp_path, code)
+    try:
+        expected = decoded(path)
+    except (NotImplementedError, ValueError):  # a type that the package can only list, or does not know
+        with pytest.raises(UnsupportedTensorError, match=f"{code}, which the installed package gguf cannot"):
+            DiskMap(path)["q"]
+        return
+    assert gguf.GGMLQuantizationType(NUMBERS[code]).name == code
+    assert expected.abs().sum() > 0
+    assert_same(DiskMap(path)["q"], expected)
+    assert_same(DiskMap(path, torch_dtype=torch.bfloat16)["q"], expected.bfloat16())
+
+
+def test_quantized_tensors_in_pieces_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = quantized(tmp_path, "Q4_K", (3, 5, 512))
+    expected = decoded(path)
+    monkeypatch.setattr("safemap._gguf_blocks._PIECE", 1024)  # several pieces, the last one shorter
+    for options in ({}, {"threads": 2}, {"mmap": True}):
+        disk_map = DiskMap(path, **options)
+        assert_same(disk_map["q"], expected)
+        assert_same(disk_map.read_into("q", torch.empty(3, 5, 512).half()), expected.half())
+        strided = torch.empty(512, 5, 3).permute(2, 1, 0)
+        assert torch.equal(disk_map.read_into("q", strided), expected)
+        for key in (slice(1, 2), (slice(1, 3), 2, slice(3, 9)), (0, slice(None), -1), slice(2, 2)):
+            part = disk_map.slice("q")[key]
+            assert_same(part, expected[key])
+            assert part.untyped_storage().nbytes() == part.nbytes
+        out = torch.empty(2, 5, 4)
+        assert_same(
+            disk_map.slice("q").read_into((slice(1, 3), ..., slice(8, 12)), out), expected[1:3, :, 8:12]
+        )
+    assert disk_map.slice("q").nbytes(slice(1, 3)) == disk_map.nbytes("q") // 3 * 2
+    disk_map.prefetch(["q"])
+
+
+def test_a_quantized_tensor_of_a_file_that_was_edited_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = quantized(tmp_path, "Q8_0")
+    disk_map = DiskMap(path)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(FileChangedError):
+        disk_map["q"]
+
+
+def test_converters_pass_quantized_tensors_on(tmp_path: Path) -> None:
+    path = quantized(tmp_path, "Q8_0")
+    disk_map = DiskMap(path, state_dict_converter=lambda state_dict: {"new": state_dict["q"]})
+    assert_same(disk_map["new"], decoded(path))
 
 
 ONE = describe("a", (4,), "I8", 0)

@@ -108,7 +108,8 @@ def _ls(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"name": name, **(_as_json(info) if info else {})}))
         elif info:
-            print(f"{_short(info.dtype):<14} {list(info.shape)!s:<22} {info.nbytes:>15,}  {name}")
+            kind = info.encoding or _short(info.dtype)
+            print(f"{kind:<14} {list(info.shape)!s:<22} {info.nbytes:>15,}  {name}")
         else:
             print(f"{'(no tensor)':<53}  {name}")
     if not options.json:
@@ -123,6 +124,7 @@ def _as_json(info: TensorInfo) -> dict[str, object]:
         "nbytes": info.nbytes,
         "file": info.file,
         "offset": info.offset,
+        **({"encoding": info.encoding} if info.encoding else {}),
     }
 
 
@@ -139,7 +141,7 @@ def _show(options: argparse.Namespace) -> int:
             return 0
         info = disk_map.info(name)
     print(f"name     {name}")
-    print(f"dtype    {_short(info.dtype)}")
+    print(f"dtype    {_short(info.dtype)}" + (f", stored as {info.encoding}" if info.encoding else ""))
     print(f"shape    {list(info.shape)}")
     print(f"bytes    {info.nbytes:,}")
     print(f"file     {info.file}" + ("" if info.offset is None else f" at byte {info.offset:,}"))

@@ -2,8 +2,7 @@
 
 A file is ``"GGUF" | u32 version | u64 tensors | u64 pairs | pairs | descriptions | padding | data``, all
 little-endian.  A pair is a string, a type and a value; a description is a name, extents (the fastest first),
-a type and an offset into the data.  Quantized blocks are no torch dtype: such tensors are listed, and refused
-when they are read.
+a type and an offset into the data.  Quantized blocks are no torch dtype: ``_gguf_blocks`` decodes them.
 
 Source: docs/gguf.md of ggml-org/ggml, versions 2 and 3.  Sizes of blocks: the package gguf 0.19.
 """
@@ -14,7 +13,7 @@ from typing import Any
 from safemap._dtypes import TORCH_DTYPES
 from safemap._errors import FormatError
 from safemap._file import File
-from safemap._layout import Entry, Layout
+from safemap._layout import Blocks, Entry, Layout
 from safemap._positional import read_bytes
 
 MAGIC = b"GGUF"
@@ -148,7 +147,9 @@ def _description(stream: _Stream, name: str, path: str, alignment: int) -> tuple
         numel *= extent
         if numel >= 1 << 63:
             raise FormatError(f'{path}: tensor "{name}" has shape {list(shape)}, more than 64 bits count')
-    return Layout(code, TORCH_DTYPES.get(code), shape, numel // block * block_nbytes), offset
+    blocks = Blocks(number, block, block_nbytes) if block > 1 else None
+    dtype = TORCH_DTYPES.get(code) if blocks is None else None
+    return Layout(code, dtype, shape, numel // block * block_nbytes, blocks=blocks), offset
 
 
 def _check_spans(file: File, described: dict[str, tuple[Layout, int]], start: int) -> None:

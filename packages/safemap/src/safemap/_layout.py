@@ -25,6 +25,8 @@ class TensorInfo:
         nbytes: Bytes that reading it takes.
         file: Absolute path of the file that holds it.
         offset: Position of its first byte in that file; None where the file had to be read as a whole.
+        encoding: Type of the quantized blocks that the file holds, which are read as *dtype*; None where
+            the bytes of the file are those of *dtype*.
     """
 
     dtype: torch.dtype
@@ -32,6 +34,22 @@ class TensorInfo:
     nbytes: int
     file: str
     offset: int | None
+    encoding: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a tensor is quantized.
+
+    Attributes:
+        number: Type of the blocks, as GGUF numbers it.
+        elements: Elements of a block.
+        nbytes: Bytes of a block.
+    """
+
+    number: int
+    elements: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +63,8 @@ class Layout:
         nbytes: Bytes from the first element to the end of the last one.
         stride: In elements; None for the usual row-major order.  Pickled files keep the strides of what was
             saved.
+        blocks: Of a quantized tensor, whose *dtype* is None: no torch dtype has such bytes, so whoever does
+            not know about blocks refuses it.  It is read as float32.
     """
 
     code: str
@@ -52,6 +72,7 @@ class Layout:
     shape: tuple[int, ...]
     nbytes: int
     stride: tuple[int, ...] | None = None
+    blocks: Blocks | None = None
     _blank: Blank | None = field(default=None, init=False, repr=False, compare=False)
 
     def blank(self) -> Blank | None:
@@ -59,6 +80,10 @@ class Layout:
         if self._blank is None and self.dtype is not None and self.stride is None:
             object.__setattr__(self, "_blank", Blank(self.dtype, self.shape, self.nbytes))
         return self._blank
+
+    def read_dtype(self, name: str, path: str) -> torch.dtype:
+        """Return the dtype in which the tensor is read, unless another is asked for."""
+        return self.torch_dtype(name, path) if self.blocks is None else torch.float32
 
     def torch_dtype(self, name: str, path: str) -> torch.dtype:
         """Return the dtype, or raise an error that names the tensor."""

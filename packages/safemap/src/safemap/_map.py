@@ -167,8 +167,9 @@ class DiskMap(Mapping[str, Tensor]):
         if isinstance(entry, Computed):
             return entry.info()
         file, layout, offset = entry
-        dtype = layout.torch_dtype(name, file.path)
-        return TensorInfo(dtype, torch.Size(layout.shape), layout.nbytes, file.path, offset)
+        dtype = layout.read_dtype(name, file.path)
+        encoding = None if layout.blocks is None else layout.code
+        return TensorInfo(dtype, torch.Size(layout.shape), layout.nbytes, file.path, offset, encoding)
 
     def nbytes(self, name: str) -> int:
         """Return how many bytes reading *name* takes."""

@@ -18,6 +18,7 @@ from safemap._buffers import MIB, BufferPool, bytes_of
 from safemap._cast import check_cast, read_cast
 from safemap._errors import MismatchError, UnsupportedTensorError
 from safemap._file import File
+from safemap._gguf_blocks import decode_into, rows_of
 from safemap._layout import Entry, Layout
 from safemap._mapping import Mappings
 from safemap._parallel import for_each
@@ -95,13 +96,15 @@ class Reader:
     def read_into(self, name: str, entry: Entry, out: Tensor) -> None:
         """Fill *out*, converting to its dtype; its shape must be that of the tensor."""
         file, layout, offset = entry
-        dtype = layout.torch_dtype(name, file.path)
+        dtype = layout.read_dtype(name, file.path)
         _check_destination(name, layout.shape, dtype, out)
         with torch.no_grad():
-            if out.device.type == "cpu" and out.is_contiguous() and layout.stride is None:
-                self._fill(file, offset, dtype, out.detach())
-            else:
+            if out.device.type != "cpu" or not out.is_contiguous() or layout.stride is not None:
                 out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
+            elif layout.blocks is not None:
+                self._decode(name, entry, out.detach())
+            else:
+                self._fill(file, offset, dtype, out.detach())
 
     def copy_into(self, name: str, tensor: Tensor, out: Tensor) -> None:
         """Do what ``read_into`` does with a tensor that is in memory."""
@@ -114,6 +117,10 @@ class Reader:
         file, layout, _ = entry
         if layout.stride is not None:  # its parts do not lie together
             return self._read_any(name, entry)[_slices(cuts)]
+        if layout.blocks is not None:
+            rows = self._read_any(name, rows_of(entry, cuts))
+            part = rows[_within(cuts, rows, layout)]
+            return part if part.numel() == rows.numel() else part.clone()
         part = self._part(cuts, layout.torch_dtype(name, file.path))
         self.read_ranges_into(name, entry, cuts, part)
         return self.finish(name, part)
@@ -123,6 +130,10 @@ class Reader:
         file, layout, offset = entry
         if layout.stride is not None:
             out.copy_(self._read_host(name, entry, out.dtype, pin=False)[_slices(cuts)])
+            return
+        if layout.blocks is not None:
+            rows = self._read_host(name, rows_of(entry, cuts), out.dtype, pin=False)
+            out.copy_(rows[_within(cuts, rows, layout)])
             return
         stored = layout.torch_dtype(name, file.path)
         run = contiguous_run(layout.shape, cuts)
@@ -140,6 +151,8 @@ class Reader:
         file, layout, _ = entry
         if layout.stride is not None:
             return layout.nbytes
+        if layout.blocks is not None:
+            return rows_of(entry, cuts)[1].nbytes
         return ranges_nbytes(layout.torch_dtype(name, file.path), layout.shape, cuts)
 
     def _part(self, cuts: Cuts, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
@@ -186,10 +199,10 @@ class Reader:
     def _read_any(self, name: str, entry: Entry) -> Tensor:
         file, layout, offset = entry
         target = self.target
-        stored = layout.torch_dtype(name, file.path)
+        stored = layout.read_dtype(name, file.path)
         dtype = stored if target.dtype is None else target.dtype
         check_cast(name, stored, dtype)
-        if self.mappings is not None and layout.stride is None:
+        if self.mappings is not None and layout.stride is None and layout.blocks is None:
             view = self.mappings.view(file, layout, stored, offset)
             if view is not None:
                 return self.finish(name, view.view(layout.shape))
@@ -202,7 +215,7 @@ class Reader:
 
     def _read_host(self, name: str, entry: Entry, dtype: torch.dtype, *, pin: bool) -> Tensor:
         file, layout, offset = entry
-        stored = layout.torch_dtype(name, file.path)
+        stored = layout.read_dtype(name, file.path)
         if layout.stride is not None:
             span = Layout(layout.code, stored, (layout.nbytes // stored.itemsize,), layout.nbytes)
             return _with_strides(self._read_host(name, (file, span, offset), dtype, pin=pin), layout)
@@ -215,8 +228,18 @@ class Reader:
                 f'tensor "{name}" of {file.path} has shape {list(layout.shape)}, which torch cannot hold: '
                 f"{error}"
             ) from None
-        self._fill(file, offset, stored, out)
+        if layout.blocks is not None:
+            self._decode(name, entry, out)
+        else:
+            self._fill(file, offset, stored, out)
         return out
+
+    def _decode(self, name: str, entry: Entry, out: Tensor) -> None:
+        """Read quantized blocks into a contiguous CPU tensor."""
+        file, layout, offset = entry
+        if out.numel():
+            self._ahead.before(file, offset, layout.nbytes)
+            decode_into(name, entry, out.view(-1), self.threads)
 
     def _allocate(
         self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, offset: int = 0
@@ -263,6 +286,12 @@ def _with_strides(elements: Tensor, layout: Layout) -> Tensor:
 
 def _slices(cuts: Cuts) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop, _ in cuts)
+
+
+def _within(cuts: Cuts, rows: Tensor, layout: Layout) -> tuple[slice, ...]:
+    """Return what of *rows* a part is, after ``rows_of`` has cut the first dimension."""
+    inside = _slices(cuts)
+    return inside if tuple(rows.shape) == layout.shape else (slice(None), *inside[1:])
 
 
 def _check_destination(name: str, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
