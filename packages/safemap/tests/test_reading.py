@@ -212,29 +212,6 @@ def test_a_slice_tells_what_it_is(path: str) -> None:
     assert repr(part) == "<TensorSlice 'blocks.0.weight' torch.float32 [64, 32]>"
 
 
-def test_only_the_bytes_of_a_part_are_read(tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safemap import _file
-
-    tensor = torch.arange(1_000_000).view(1000, 1000)
-    disk_map = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor}))
-    read: list[int] = []
-    original = _file.read_at
-
-    def counting(fd: int, view: memoryview, offset: int) -> int:
-        read.append(len(view))
-        return original(fd, view, offset)
-
-    monkeypatch.setattr(_file, "read_at", counting)
-    assert_same(disk_map.slice("t")[10:20], tensor[10:20])
-    assert sum(read) == 80_000
-    read.clear()
-    wide = torch.arange(4_000_000).view(1000, 4000)
-    other = DiskMap(save(tmp_path / "w.safetensors", {"t": wide}))
-    read.clear()
-    assert_same(other.slice("t")[:, 1000:2000], wide[:, 1000:2000])
-    assert sum(read) == 8_000_000
-
-
 PARTS = {
     "rows": slice(100, 900),
     "narrow columns": (slice(None), slice(10, 20)),
@@ -270,20 +247,6 @@ def test_parts_into_unfit_memory(path: str) -> None:
     for key in (0, slice(None, None, 2)):
         with pytest.raises(TypeError, match="only slices with step 1 can be read into memory given"):
             disk_map.slice("blocks.0.weight").read_into(key, torch.empty(32))
-
-
-@pytest.mark.parametrize(
-    ("width", "stop", "nbytes"),
-    [(4096, 1024, 3 * 4096), (4096, 1023, 3 * 16384), (1024, 512, 3 * 4096), (2048, 1024, 3 * 4096)],
-    ids=["a page", "less than a page", "half a page of two", "a page beside a page"],
-)
-def test_bytes_of_columns(width: int, stop: int, nbytes: int, tmp_path: Path, save) -> None:
-    """Runs of a page or more, with gaps of a page or more, are read alone; else rows are read."""
-    tensor = torch.randn(3, width)
-    part = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor})).slice("t")
-    assert part.nbytes((slice(None), slice(stop))) == nbytes
-    assert part.nbytes((slice(1, 2), slice(stop))) == stop * 4, "one row is one run"
-    assert_same(part[:, :stop], tensor[:, :stop])
 
 
 # ---------------------------------------------------------------------- device, threads

@@ -17,7 +17,6 @@ Note [Changed files]
 import os
 import stat
 import weakref
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from safemap._errors import ClosedMapError, FileChangedError, FormatError, MissingFileError
@@ -106,14 +105,6 @@ class File:
                 f"{self.path}: ends before byte {offset + len(view):,}; it had {self.nbytes:,} bytes when "
                 "it was opened. It was truncated since: write it again and open a new map."
             )
-        self.check_unchanged(descriptor)
-
-    def read_runs_into(self, view: memoryview, run: int, offsets: Iterable[int]) -> None:
-        """Fill *view* with runs of *run* bytes, one from each of *offsets*."""
-        descriptor = self.open()
-        for number, offset in enumerate(offsets):
-            if read_at(descriptor.fd, view[number * run : (number + 1) * run], offset) != run:
-                self.read_into(view[number * run : (number + 1) * run], offset)  # raises, unless it grew
         self.check_unchanged(descriptor)
 
     def check_unchanged(self, descriptor: Descriptor) -> None:

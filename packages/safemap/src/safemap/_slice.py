@@ -1,27 +1,25 @@
 """A part of one tensor: only the bytes of that part are read.
 
 Note [Runs]
-    What follows the last dimension that is cut lies in one run.  Each run is read alone, straight into its
-    place, unless the runs, or the gaps between them, are shorter than a page: a page is read from disk whole
-    in any case, so then the rows that span them are read, a bounded piece at a time, and the part is copied
-    out.
+    What follows the last dimension that is cut lies in one run.  The runs of neighbours along the cut
+    dimension before it, with all that lies between, are one pitch apart: they are a block, and read by
+    ``read_runs`` straight into their place.
 """
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from safemap._buffers import MIB, bytes_of
+from safemap._buffers import bytes_of
 from safemap._cast import check_cast
 from safemap._errors import MismatchError
 from safemap._file import File
 from safemap._layout import TensorInfo
-
-_PAGE = 4096  # bytes
-_PIECE = MIB // 2  # bytes: it stays in the second-level cache until the part is copied out
+from safemap._runs import read_runs, span
 
 #: for each dimension (start, stop, step), step > 0
 Cuts = list[tuple[int, int, int]]
@@ -158,41 +156,59 @@ def contiguous_run(shape: tuple[int, ...], cuts: Cuts) -> tuple[int, int] | None
 
 
 def ranges_nbytes(dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts) -> int:
-    """Return how many bytes ``read_ranges`` reads for a part; see Note [Runs]."""
-    extents = _extents(cuts)
-    numel = math.prod(extents)
+    """Return how many bytes ``read_ranges`` reads for a part."""
+    numel = math.prod(_extents(cuts))
     if not numel or contiguous_run(shape, cuts) is not None:
         return numel * dtype.itemsize
-    last = _last_cut(shape, extents)
-    if _reads_rows(dtype, shape, extents, last):
-        return numel // extents[last] * shape[last] * dtype.itemsize
-    return numel * dtype.itemsize
+    blocks = _blocks(dtype.itemsize, shape, cuts)
+    return len(blocks.starts) * span(blocks.run, blocks.pitch, blocks.count)
 
 
 def read_ranges(
     file: File, offset: int, dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts, out: Tensor
 ) -> None:
-    """Read ``tensor[start:stop, ...]`` of a stored row-major tensor; steps are ignored.
+    """Read ``tensor[start:stop, ...]`` of a stored row-major tensor, no scalar; steps are ignored.
 
     *out* is contiguous, on the CPU, and has the dtype and shape of the part.
     """
     if not out.numel():
         return
+    view = bytes_of(out)
+    blocks = _blocks(dtype.itemsize, shape, cuts)
+    nbytes = blocks.count * blocks.run
+    for number, start in enumerate(blocks.starts):
+        place = view[number * nbytes : (number + 1) * nbytes]
+        read_runs(file, offset + start, blocks.run, blocks.pitch, place)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Where a part lies: from each of *starts*, *count* runs of *run* bytes, *pitch* bytes apart."""
+
+    run: int
+    pitch: int
+    count: int
+    starts: list[int]
+
+
+def _blocks(itemsize: int, shape: tuple[int, ...], cuts: Cuts) -> _Blocks:
+    """See Note [Runs]; the part is not empty."""
     extents = _extents(cuts)
     last = _last_cut(shape, extents)
-    if _reads_rows(dtype, shape, extents, last):
-        _read_rows(file, offset, dtype, shape, cuts, last, out)
-        return
-    inner = math.prod(shape[last + 1 :]) * dtype.itemsize
-    run = extents[last] * inner
-    starts = [cuts[axis][0] for axis in range(last)]
-    pitches = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(last)]
-    first = offset + cuts[last][0] * inner
-    positions = (
-        first + sum((start + i) * pitch for start, i, pitch in zip(starts, position, pitches, strict=True))
-        for position in itertools.product(*(range(extent) for extent in extents[:last]))
-    )
-    file.read_runs_into(bytes_of(out), run, positions)
+    inner = math.prod(shape[last + 1 :]) * itemsize
+    pitch = shape[last] * inner
+    first = cuts[last][0] * inner
+    if last == 0:
+        return _Blocks(extents[0] * inner, pitch, 1, [first])
+    before = _last_cut(shape[:last], extents[:last])
+    between = math.prod(shape[before + 1 : last])
+    starts = []
+    for position in itertools.product(*(range(start, stop) for start, stop, _ in cuts[:before])):
+        row = 0
+        for index, extent in zip((*position, cuts[before][0]), shape, strict=False):
+            row = row * extent + index
+        starts.append(row * between * pitch + first)
+    return _Blocks(extents[last] * inner, pitch, extents[before] * between, starts)
 
 
 def _extents(cuts: Cuts) -> list[int]:
@@ -202,35 +218,3 @@ def _extents(cuts: Cuts) -> list[int]:
 def _last_cut(shape: tuple[int, ...], extents: list[int]) -> int:
     """Return the last dimension of which only a part is wanted; 0 if the whole is."""
     return max((axis for axis, extent in enumerate(extents) if extent != shape[axis]), default=0)
-
-
-def _reads_rows(dtype: torch.dtype, shape: tuple[int, ...], extents: list[int], last: int) -> bool:
-    if last == 0:
-        return False
-    inner = math.prod(shape[last + 1 :]) * dtype.itemsize
-    run, row = extents[last] * inner, shape[last] * inner
-    return run < _PAGE or row - run < _PAGE
-
-
-def _read_rows(
-    file: File, offset: int, dtype: torch.dtype, shape: tuple[int, ...], cuts: Cuts, last: int, out: Tensor
-) -> None:
-    """Read whole rows of dimension ``last - 1`` in pieces, and copy the cut out of them."""
-    axis = last - 1
-    row = math.prod(shape[axis + 1 :])
-    rows_at_once = max(1, _PIECE // (row * dtype.itemsize))
-    start, stop, _ = cuts[axis]
-    inside = slice(cuts[last][0], cuts[last][1])
-    flat = out.view(-1, *out.shape[axis:])
-    rows_at_once = min(rows_at_once, stop - start)
-    scratch = torch.empty((rows_at_once, *shape[last:]), dtype=dtype, device="cpu")
-    outer = itertools.product(*(range(begin, end) for begin, end, _ in cuts[:axis]))
-    for block, position in enumerate(outer):
-        base = 0
-        for index, extent in zip(position, shape, strict=False):
-            base = base * extent + index
-        for begin in range(start, stop, rows_at_once):
-            end = min(stop, begin + rows_at_once)
-            piece = scratch[: end - begin]
-            file.read_into(bytes_of(piece), offset + (base * shape[axis] + begin) * row * dtype.itemsize)
-            flat[block, begin - start : end - start] = piece[:, inside]
