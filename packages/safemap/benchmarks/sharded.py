@@ -126,7 +126,7 @@ def replicas_share(model: nn.Module, folder: Path) -> None:
     state = {}
     for name, parameter in model.state_dict().items():
         is_first = dist.get_rank() == 0
-        tensor = disk_map[name] if is_first else disk_map._allocate(parameter.shape, parameter.dtype)
+        tensor = disk_map[name] if is_first else torch.empty(parameter.shape, dtype=parameter.dtype)
         dist.broadcast(tensor, 0)
         state[name] = tensor
     model.load_state_dict(state, assign=True)
@@ -185,19 +185,26 @@ def local_sum(tensor: torch.Tensor) -> float:
     return float(local.double().sum())
 
 
-def run_rank(rank: int, world: int, store: str, folder: Path, options: argparse.Namespace, name: str) -> None:
+def run_rank(
+    rank: int, store: str, folder: Path, options: argparse.Namespace, name: str, is_cold: bool
+) -> None:
+    world = options.world
     torch.set_num_threads(1)
     minute = timedelta(seconds=60)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}/init", rank=rank, world_size=world, timeout=minute
     )
     load, dim = CONTENDERS[name]
-    load(make_skeleton(1, dim), folder.parent / "1")  # torch imports much at the first use
+    # once in vain: torch imports much at the first use, and a virtual machine may have given free memory back
+    # to its host, huge pages first, which takes up to 2 ms a MiB to get again
+    load(make_skeleton(options.layers, dim), folder)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     model = make_skeleton(options.layers, dim)
     found: dict[str, float] = {}
     memory: dict[str, int] = {}
+    if rank == 0 and is_cold:
+        drop_pages(folder)
     dist.barrier()
     read, start = from_storage(), time.perf_counter()
     with watched_memory(memory):
@@ -212,14 +219,14 @@ def run_rank(rank: int, world: int, store: str, folder: Path, options: argparse.
     dist.destroy_process_group()
 
 
-def run(folder: Path, options: argparse.Namespace, name: str) -> list[dict[str, float]]:
+def run(folder: Path, options: argparse.Namespace, name: str, is_cold: bool) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as store:
         children = []
         for rank in range(options.world):
             child = os.fork()
             if child == 0:
                 try:
-                    run_rank(rank, options.world, store, folder, options, name)
+                    run_rank(rank, store, folder, options, name, is_cold)
                 except BaseException:
                     traceback.print_exc()
                 os._exit(0)
@@ -237,6 +244,13 @@ def drop_pages(folder: Path) -> None:
         os.close(fd)
 
 
+def fill_pages(folder: Path) -> None:
+    """Anew: how large the pieces of the page cache are depends on how they were read."""
+    drop_pages(folder)
+    for path in folder.glob("*.safetensors"):
+        path.read_bytes()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/safemap-benchmarks/sharded")
@@ -251,20 +265,16 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder / str(options.layers)
     make_checkpoint(folder, options.layers)
-    make_checkpoint(options.folder / "1", 1)
     names = [name for name in CONTENDERS if options.only in name]
     states = ["warm", "cold"] if options.cold else ["warm"]
     runs: dict[str, list[list[dict[str, float]]]] = {f"{n}, {s}": [] for s in states for n in names}
     importlib.import_module("torch._dynamo")  # before forking: operations on meta import it
     make_model_on_meta(1)
-    for path in folder.glob("*.safetensors"):
-        path.read_bytes()
     for _ in range(options.rounds):
         for state in states:
             for name in random.sample(names, len(names)):
-                if state == "cold":
-                    drop_pages(folder)
-                runs[f"{name}, {state}"].append(run(folder, options, name))
+                fill_pages(folder)
+                runs[f"{name}, {state}"].append(run(folder, options, name, state == "cold"))
     rows = {}
     for name, of_rounds in runs.items():
         rows[name] = {

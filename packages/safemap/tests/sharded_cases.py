@@ -5,6 +5,7 @@ which take longer than all cases.  What came of each is written to ``FOLDER/CASE
 traceback.
 """
 
+import ctypes
 import itertools
 import os
 import sys
@@ -356,6 +357,32 @@ def part_of_the_ranks(rank: int, world: int, folder: Path) -> None:
     assert report.bytes_read[-1] == 0
     assert sum(report.bytes_read) == whole.nbytes
     assert torch.equal(net.weight.to_local(), expected.to_local())
+
+
+def memory(rank: int, world: int, folder: Path) -> None:
+    """Never more than the shards and one more, though FSDP2 copies uneven shards to pad them."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    sizes = DiskMap(folder / "large.safetensors")
+    rows, columns = sizes.info("0.weight").shape
+    like = {"bias": False, "dtype": torch.bfloat16, "device": "meta"}
+    net = nn.Sequential(*(nn.Linear(columns, rows, **like) for _ in range(len(sizes))))
+    for layer in net:
+        fully_shard(layer, mesh=line(world))
+    load_sharded(shard_net(meta_net(), mesh=line(world)), folder / "net.safetensors")  # it imports much
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory_of_process("VmRSS")
+    load_sharded(net, folder / "large.safetensors", progress=False)
+    peak = memory_of_process("VmHWM") - before
+    shards = [parameter.to_local().nbytes for parameter in net.parameters()]
+    assert peak <= sum(shards) + max(shards) + (2 << 20), (peak, sum(shards), max(shards))
+    assert peak > sum(shards) // 2, "nothing was measured"
+
+
+def memory_of_process(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024
 
 
 def names(rank: int, world: int, folder: Path) -> None:

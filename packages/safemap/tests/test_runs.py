@@ -118,3 +118,15 @@ def test_truncated_file(columns: int, tmp_path: Path, save) -> None:
     os.truncate(path, os.stat(path).st_size // 2)
     with pytest.raises(FileChangedError, match="truncated"):
         part[:, :columns]
+
+
+@pytest.mark.parametrize("columns", [100, 3000])
+def test_file_that_was_written_to(columns: int, tmp_path: Path, save) -> None:
+    path = save(tmp_path / "m.safetensors", {"t": torch.zeros(ROWS, 5000)})
+    part = DiskMap(path).slice("t")
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"abcd")
+    os.utime(path, ns=(0, 0))  # clocks of file systems are coarse
+    with pytest.raises(FileChangedError, match="written to"):
+        part[:, :columns]

@@ -25,7 +25,7 @@ EVERYWHERE = [
     "truncated_on_one_rank",
     "different_on_one_rank",
 ]
-ON_TWO = ["after_a_forward", "policies", "dtypes", "tensor_parallel", "shapes_differ"]
+ON_TWO = ["memory", "after_a_forward", "policies", "dtypes", "tensor_parallel", "shapes_differ"]
 ON_FOUR = ["every_pair_of_placements", "hybrid", "tensor_parallel", "both_along_one_dimension"]
 CASES = {2: EVERYWHERE + ON_TWO, 3: [*EVERYWHERE, "part_of_the_ranks"], 4: EVERYWHERE + ON_FOUR}
 SECONDS = 120  # after which a hanging rank is killed
@@ -65,6 +65,9 @@ def folder(tmp_path_factory, save) -> Path:
     shapes = {"even": (8, 12, 4), "uneven": (5, 7, 9), "small": (1, 3, 2), "long": (3, 5, 3000)}
     save(folder / "shapes.safetensors", {name: noise(*shape) for name, shape in shapes.items()})
     save(folder / "wide.safetensors", {"wide": noise(6, 4 * 3 * 1024)})
+    # halves of 4 MiB and 4 KiB, and one of 2 KiB less
+    large = {f"{number}.weight": torch.ones(4099, 1024, dtype=torch.bfloat16) for number in range(6)}
+    save(folder / "large.safetensors", large)
     return folder
 
 

@@ -144,6 +144,19 @@ class BufferPool:
         return buffer
 
 
+def exact_memory(nbytes: int) -> memoryview | None:
+    """Return memory for a tensor that stays, or None where torch's own allocator must serve.
+
+    Not lent again, and not rounded up to huge pages: what is left over at its end lies in small ones.
+    """
+    if not _CAN_MAP:
+        return None
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
 def round_up(nbytes: int, unit: int) -> int:
     """Return the smallest multiple of *unit* that is not below *nbytes*."""
     return -(-nbytes // unit) * unit

@@ -2,10 +2,9 @@
 
 import difflib
 import functools
-import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -358,13 +357,6 @@ class DiskMap(Mapping[str, Tensor]):
             return self._reader.finish(name, leaf.clone()) if isinstance(leaf, Tensor) else leaf
 
         return map_leaves(self._others[name], load)
-
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return uninitialized memory where tensors of this map go."""
-        if self.device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        flat = self._reader.allocate(math.prod(shape), dtype, pin=bool(self._options["pin_memory"]))
-        return flat.view(shape)
 
     def _missing(self, name: object) -> MissingTensorError:
         near: list[str] = []
