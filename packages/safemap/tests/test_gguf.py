@@ -143,6 +143,7 @@ def test_a_quantized_tensor_of_a_file_that_was_edited_is_refused(tmp_path: Path)
 
 
 def test_converters_pass_quantized_tensors_on(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     path = quantized(tmp_path, "Q8_0")
     disk_map = DiskMap(path, state_dict_converter=lambda state_dict: {"new": state_dict["q"]})
     assert_same(disk_map["new"], decoded(path))
