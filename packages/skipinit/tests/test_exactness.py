@@ -230,6 +230,7 @@ class Explicit(nn.Module):
         self.out = out
         self.sparse = torch.zeros(2, 2).to_sparse().to_dense()
         self.channels = torch.empty(1, 2, 3, 3, memory_format=torch.channels_last).zero_()
+        self.like = torch.ones_like(torch.empty(1, 2, 3, 3), memory_format=torch.channels_last)
 
 
 class ExplicitInPlace(nn.Module):

@@ -1,5 +1,7 @@
 """What ends as a parameter is neither stored nor computed: the shapes here need terabytes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -59,6 +61,27 @@ def test_initializer_of_a_parameter_is_not_computed(name: str) -> None:
         model.weight = nn.Parameter(torch.empty(HUGE, HUGE))
         INITIALIZERS[name](model.weight)
     assert model.weight.is_meta
+
+
+_ORDINARY = """
+import sys, torch
+from torch import nn
+from skipinit import skip_model_initialization
+
+before = set(sys.modules)
+with skip_model_initialization():
+    nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(4, 4), nn.Conv2d(4, 4, 1))
+    nn.Parameter(torch.zeros_like(torch.randn(4)))
+    nn.Parameter(torch.ones(4).new_zeros(2))
+print(len(set(sys.modules) - before))
+"""
+
+
+def test_ordinary_calls_import_nothing() -> None:
+    """Asked for the shape of some results on meta, torch imports hundreds of modules: half a second."""
+    command = [sys.executable, "-c", _ORDINARY]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(found) == 0
 
 
 def test_layers_of_any_size_are_built() -> None:

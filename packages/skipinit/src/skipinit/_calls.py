@@ -91,10 +91,6 @@ class Calls:
         storages = [self.log.storages[storage_address(tensor)] for tensor in pending]
         device = storages[0].device
         is_initializer = name in _INITIALIZERS and function is not getattr(Tensor, name, None)
-        if (name.startswith("new") or name.endswith("_like")) and not (
-            name in RANDOM and (self.log.streams.seeded_inside() or keywords.get("generator") is not None)
-        ):  # only the shape of what they get counts
-            return self._ask_meta(function, arguments, keywords, storages)
         if (
             name == "__deepcopy__"
             or any(storage.value is not None or storage.device != device for storage in storages)
@@ -152,10 +148,6 @@ class Calls:
         self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any], storages: list[Storage]
     ) -> Any:
         """Run the call on the meta tensors, to learn the shape and the aliasing of its result."""
-        if keywords.get("device") is not None:
-            if with_index(torch.device(keywords["device"])) != storages[0].device:
-                return NotImplemented
-            keywords = {name: value for name, value in keywords.items() if name != "device"}
         if torch.is_autocast_enabled() or torch._C._len_torch_dispatch_stack():
             return NotImplemented
         frozen = self.log.freeze(arguments, keywords)  # the call may change which storage a tensor has

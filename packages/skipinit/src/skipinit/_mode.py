@@ -54,8 +54,17 @@ METADATA = frozenset(
     + [torch._C._set_grad_enabled]
 )
 FACTORIES = frozenset(_present(torch, "empty zeros ones rand randn full"))
+#: functions that make a tensor shaped like a pending one, and the factory that they come down to
+LIKE: dict[Function, Function] = {
+    getattr(owner, spelling): factory
+    for factory in FACTORIES
+    for owner, spelling in ((torch, f"{factory.__name__}_like"), (Tensor, f"new_{factory.__name__}"))
+    if hasattr(owner, spelling)
+}
+LIKE[Tensor.new] = torch.empty  # if it is given sizes
 #: arguments of a factory that say nothing about what the storage would hold
 DEFERRABLE = frozenset({"size", "dtype", "device", "requires_grad", "memory_format", "fill_value"})
+_ROW_MAJOR = (torch.preserve_format, torch.contiguous_format)  # what a contiguous tensor keeps
 #: what must be answered as a plain construction would
 DEVICE = frozenset([*_slots("__get__", "device is_meta is_cpu is_cuda"), Tensor.get_device])
 #: since torch 2.12 this initializer announces itself only by asking whether its tensor is on meta
@@ -88,6 +97,8 @@ class BlockMode(TorchFunctionMode):
             made = self._make(function, arguments, keywords)
         elif function in DEVICE:
             return self._device_question(function, arguments)
+        elif function in LIKE:
+            made = self._make_like(function, arguments, keywords)
         if made is not None:
             return made
         return self.calls.answer(function, arguments, keywords, self._resolve(keywords.get("device")))
@@ -122,6 +133,24 @@ class BlockMode(TorchFunctionMode):
             if self.log.streams.seeded_inside():
                 return None
         return self.log.add(tensor, factory, length, device)
+
+    def _make_like(
+        self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any]
+    ) -> Tensor | None:
+        """A pending tensor for ``zeros_like(pending)``, ``pending.new_zeros(...)`` and so on."""
+        if not arguments or not isinstance(arguments[0], Tensor):
+            return None
+        model, *rest = arguments
+        storage = self.log.find(model)
+        if storage is None or not model.is_contiguous():
+            return None
+        if function is Tensor.new and not (rest and all(type(size) is int for size in rest)):
+            return None  # made from data
+        keywords = {"dtype": model.dtype, "device": storage.device, **keywords}
+        if keywords.pop("memory_format", torch.preserve_format) not in _ROW_MAJOR:
+            return None
+        size = [model.size()] if function.__name__.endswith("_like") else []
+        return self._make(LIKE[function], (*size, *rest), keywords)
 
     def _resolve(self, device: Any) -> torch.device:
         """The device that a factory called with ``device=device`` uses."""
