@@ -1,9 +1,6 @@
 """``DiskMap``: a checkpoint as a mapping from names to tensors, each read when it is asked for."""
 
-import difflib
 import functools
-import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,22 +11,22 @@ from torch import Tensor
 from safemap._buffers import BufferPool
 from safemap._contents import Stored, map_leaves
 from safemap._converter import StateDictConverter, convert
-from safemap._errors import ClosedMapError, FileChangedError, MissingTensorError
+from safemap._errors import ClosedMapError, FileChangedError
 from safemap._file import Identity
 from safemap._index import Index, OnDuplicate, build_index, searched
-from safemap._layout import Entry, TensorInfo
+from safemap._layout import TensorInfo
 from safemap._lazy_graph import View
 from safemap._lazy_sources import Sources
 from safemap._lazy_together import find_members, read_together
 from safemap._lazy_value import Computed
+from safemap._mapping import renewal_elements
+from safemap._names import Found, entries_of, find, info_of, missing, nbytes_of
 from safemap._parallel import default_threads
 from safemap._parts import part_of
 from safemap._paths import PathLike, find_files
 from safemap._prefetch import prefetch
 from safemap._read import Reader, Target
 from safemap._slice import TensorSlice
-
-_SUGGEST_AMONG = 20_000  # names; beyond that looking for similar ones takes seconds
 
 
 class DiskMap(Mapping[str, Tensor]):
@@ -91,7 +88,7 @@ class DiskMap(Mapping[str, Tensor]):
             raise ValueError(f'on_duplicate must be "error" or "last"; got {on_duplicate!r:.80}')
         self.device = torch.device(device)
         self.torch_dtype = torch_dtype
-        self.buffer_size = _buffer_size(buffer_size)
+        self.buffer_size = renewal_elements(buffer_size)
         self._options = {"mmap": mmap, "pin_memory": pin_memory, "threads": threads, "unwrap": unwrap}
         self._on_duplicate: OnDuplicate = on_duplicate
         self._files = find_files(path)
@@ -159,23 +156,11 @@ class DiskMap(Mapping[str, Tensor]):
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape, size and place of a tensor as it is stored, without reading it."""
-        entry = self._find(name)
-        if isinstance(entry, Tensor):
-            path = self._index.files[0].path if len(self._index.files) == 1 else ""
-            return TensorInfo(entry.dtype, entry.shape, entry.nbytes, path, None)
-        if isinstance(entry, Computed):
-            return entry.info()
-        file, layout, offset = entry
-        dtype = layout.read_dtype(name, file.path)
-        encoding = None if layout.blocks is None else layout.code
-        return TensorInfo(dtype, torch.Size(layout.shape), layout.nbytes, file.path, offset, encoding)
+        return info_of(name, self._find(name), self._index.files)
 
     def nbytes(self, name: str) -> int:
         """Return how many bytes reading *name* takes."""
-        entry = self._find(name)
-        if isinstance(entry, Computed):
-            return entry.nbytes()
-        return entry.nbytes if isinstance(entry, Tensor) else entry[1].nbytes
+        return nbytes_of(self._find(name))
 
     def sizes(self) -> dict[str, int]:
         """Return names and ``nbytes`` of all tensors that can be read alone."""
@@ -220,7 +205,7 @@ class DiskMap(Mapping[str, Tensor]):
         wanted = list(self if names is None else names)
         for name in wanted:
             if name not in self:
-                raise self._missing(name)
+                raise missing(self._index, name)
         outputs = self._sources.outputs() if self._converted is None else self._converted.state_dict
 
         def read_view(name: str, view: View) -> Tensor:
@@ -241,7 +226,7 @@ class DiskMap(Mapping[str, Tensor]):
         that reading the views meets no page fault.  They count as resident memory from then on; see
         ``release``.
         """
-        views, others = self._entries(names)
+        views, others = entries_of(map(self._find, names))
         prefetch(views, others, self._reader.mappings)
 
     def release(self, names: Iterable[str]) -> None:
@@ -252,21 +237,10 @@ class DiskMap(Mapping[str, Tensor]):
         meanwhile.  Without ``mmap``, or on a system that does not tell which pages were written, nothing
         happens.
         """
-        views, _ = self._entries(names)
+        views, _ = entries_of(map(self._find, names))
         if self._reader.mappings is not None:
             for entry in views:
                 self._reader.mappings.let_go(entry)
-
-    def _entries(self, names: Iterable[str]) -> tuple[list[Entry], list[Entry]]:
-        """Return what has to be read from files for *names*: stored tensors, and what others are made of."""
-        stored: list[Entry] = []
-        parts: list[Entry] = []
-        for entry in map(self._find, names):
-            if isinstance(entry, Computed):
-                parts += entry.entries()
-            elif not isinstance(entry, Tensor):
-                stored.append(entry)
-        return stored, parts
 
     def with_threads(self, threads: int) -> "DiskMap":
         """Return the same map over the same open files, whose large tensors are read by *threads* threads.
@@ -326,28 +300,15 @@ class DiskMap(Mapping[str, Tensor]):
                 f"{searched(self._index.files)}: the map was closed; open it again to read from it"
             )
 
-    def _find(self, name: str) -> Entry | Tensor | Computed:
-        """Return the place of a tensor, or the tensor itself where its file had to be read as a whole."""
-        entry = self._table.get(name)
-        if entry is not None:
-            return entry
+    def _find(self, name: str) -> Found:
         self._check_open()
-        value = self._others.get(name)
-        if isinstance(value, (Tensor, Computed)):
-            return value
-        if isinstance(value, Stored):
-            return value.entry
-        if name in self._others:
-            raise TypeError(
-                f'"{name}" of {searched(self._index.files)} is a {type(value).__name__}, not a tensor'
-            )
-        raise self._missing(name)
+        return find(self._index, name)
 
     def _other(self, name: str) -> Any:
         """Return what is not in the table: containers, numbers, tensors of legacy files."""
         self._check_open()
         if name not in self._others:
-            raise self._missing(name)
+            raise missing(self._index, name)
 
         def load(leaf: Any) -> Any:
             if isinstance(leaf, Stored):
@@ -357,17 +318,6 @@ class DiskMap(Mapping[str, Tensor]):
             return self._reader.finish(name, leaf.clone()) if isinstance(leaf, Tensor) else leaf
 
         return map_leaves(self._others[name], load)
-
-    def _missing(self, name: object) -> MissingTensorError:
-        near: list[str] = []
-        if isinstance(name, str) and len(self._table) <= _SUGGEST_AMONG:
-            near = difflib.get_close_matches(name, list(self._table), 3)
-        hint = f" Closest: {', '.join(f'{n!r}' for n in near)}." if near else ""
-        files = len(self._index.files)
-        return MissingTensorError(
-            f'no tensor "{name}" in {searched(self._index.files)} ({files:,} file{"s" * (files != 1)}, '
-            f"{len(self):,} names).{hint}"
-        )
 
 
 #: attributes that describe a map; the rest is found again by opening the files
@@ -384,18 +334,3 @@ def _reopen(cls: type[DiskMap], state: dict[str, Any], opened: list[tuple[str, I
             raise FileChangedError(f"{path}: changed since the map was pickled. Open a new map.")
     copy._adopt(index)
     return copy
-
-
-def _buffer_size(explicit: int | None) -> int:
-    text = os.environ.get("DIFFSYNTH_DISK_MAP_BUFFER_SIZE") if explicit is None else explicit
-    if text is None:
-        return sys.maxsize
-    try:
-        value = int(text)
-    except ValueError:
-        raise ValueError(
-            f"DIFFSYNTH_DISK_MAP_BUFFER_SIZE must be a number of elements; it is {text!r}"
-        ) from None
-    if value < 0:
-        raise ValueError(f"buffer_size must not be negative; got {value}")
-    return value

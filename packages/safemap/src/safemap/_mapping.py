@@ -11,6 +11,7 @@ Note [Brought in once]
 
 import itertools
 import mmap
+import os
 import sys
 import weakref
 
@@ -31,6 +32,22 @@ _CALLS = itertools.count(1)
 
 # without it the kernel may refuse to map a file larger than memory, as if all of it were to be written
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+def renewal_elements(explicit: int | None) -> int:
+    """Return after how many elements a mapping is renewed: as given, as the environment says, or never."""
+    text = os.environ.get("DIFFSYNTH_DISK_MAP_BUFFER_SIZE") if explicit is None else explicit
+    if text is None:
+        return sys.maxsize
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(
+            f"DIFFSYNTH_DISK_MAP_BUFFER_SIZE must be a number of elements; it is {text!r}"
+        ) from None
+    if value < 0:
+        raise ValueError(f"buffer_size must not be negative; got {value}")
+    return value
 
 
 class Mappings:
