@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safemap import DiskMap, FileChangedError, FormatError, UnsupportedTensorError
+from safemap import ConverterError, DiskMap, FileChangedError, FormatError, UnsupportedTensorError
 from safemap._gguf import TYPES
 from safemap.testing import assert_same
 
@@ -147,6 +147,14 @@ def test_converters_pass_quantized_tensors_on(tmp_path: Path) -> None:
     path = quantized(tmp_path, "Q8_0")
     disk_map = DiskMap(path, state_dict_converter=lambda state_dict: {"new": state_dict["q"]})
     assert_same(disk_map["new"], decoded(path))
+
+
+def test_converters_that_compute_with_quantized_tensors_are_told(tmp_path: Path) -> None:
+    path = quantized(tmp_path, "Q8_0")
+    with pytest.raises(
+        ConverterError, match="stored as Q8_0 can be passed on by a converter, not computed with"
+    ):
+        DiskMap(path, state_dict_converter=lambda state_dict: {"new": state_dict["q"] * 2})
 
 
 ONE = describe("a", (4,), "I8", 0)

@@ -115,6 +115,7 @@ def convert(
         during = f" at {recorder.failure[1]}" if recorder.failure and recorder.failure[0] is error else ""
         raise ConverterError(
             f"the state_dict_converter {label} failed{during}: {type(error).__name__}: {error}"
+            f"{_about_opaque(sources)}"
         ) from error
     if not isinstance(result, Mapping):
         raise ConverterError(
@@ -163,6 +164,16 @@ def _lazy_tensors(
         tensors.append(tensor)
         originals[view] = number
     return tensors, originals, {storage: home for home, storage in storages.items()}
+
+
+def _about_opaque(sources: Sources) -> str:
+    """Say which tensors the converter has been given as something that it can only pass on."""
+    codes = sorted(
+        {entry[1].code for entry in sources.originals if not isinstance(entry, Tensor) and not entry[1].dtype}
+    )
+    if not codes:
+        return ""
+    return f". Tensors stored as {', '.join(codes)} can be passed on by a converter, not computed with."
 
 
 class _Name(str):
