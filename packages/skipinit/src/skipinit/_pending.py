@@ -18,6 +18,7 @@ from ._errors import PendingValueError
 from ._random import Streams
 
 META = torch.device("meta")
+_use_count = torch._C._storage_Use_Count
 Function = Callable[..., Any]
 
 
@@ -59,6 +60,18 @@ def view_of(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
     """What *tensor* shows of its own storage, of another *storage*."""
     empty = torch.empty(0, dtype=tensor.dtype, device=storage.device)
     return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """Another tensor that shows the same, which autograd does not know to be a view of the first.
+
+    It is made without ``tensor.untyped_storage()``, whose result torch may count as a user of the storage for
+    as long as the storage lives.
+    """
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    with torch.no_grad():
+        empty.set_(tensor)  # type: ignore[call-overload]
+    return empty
 
 
 def become(tensor: Tensor, other: Tensor) -> None:
@@ -123,6 +136,7 @@ class Log:
         self.made: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # real storages of the block
         self._handed_out: list[Tensor] = []  # kept, so that no address is used twice
         self._aliases: list[Tensor] = []  # not handed out
+        self._wrapped: list[int] = []  # addresses of storages that have a Python object, which is a user too
         self._orders = itertools.count()
 
     def find(self, tensor: Tensor) -> Storage | None:
@@ -146,15 +160,17 @@ class Log:
         return tensor
 
     def _add_empty(self, tensor: Tensor, device: torch.device) -> Storage:
+        address = storage_address(tensor)
+        uses = _use_count(address)
         length = tensor.untyped_storage().nbytes() // tensor.itemsize
-        storage = Storage(torch.empty, length, tensor.dtype, device)
-        self.storages[storage_address(tensor)] = storage
+        self._wrapped += [address] * (_use_count(address) - uses)
+        self.storages[address] = storage = Storage(torch.empty, length, tensor.dtype, device)
         return storage
 
     def hand_out(self, result: Tensor) -> Tensor:
         """*result*, without autograd's reference to its base, which could then not become real."""
         if result._is_view():
-            result = view_of(result.untyped_storage(), result)
+            result = alias_of(result)
         self._handed_out.append(result)
         return result
 
@@ -165,8 +181,9 @@ class Log:
             PendingValueError: C++ code holds it.
         """
         device, value = parameter.device, parameter.untyped_storage()
-        on_meta = torch.UntypedStorage(value.nbytes(), device=META)  # type: ignore[no-untyped-call]
-        become(parameter, view_of(on_meta, parameter))
+        on_meta = torch.empty(value.nbytes() // parameter.itemsize, dtype=parameter.dtype, device=META)
+        layout = parameter.size(), parameter.stride(), parameter.storage_offset()
+        become(parameter, alias_of(on_meta.as_strided(*layout)))
         self._add_empty(self._alias(parameter), device).value = value
 
     def freeze(self, arguments: Any, keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -199,7 +216,7 @@ class Log:
             call.results += (self._alias(result),)
 
     def _alias(self, tensor: Tensor) -> Tensor:
-        alias = view_of(tensor.untyped_storage(), tensor)
+        alias = alias_of(tensor)
         self._aliases.append(alias)
         return alias
 
@@ -283,9 +300,8 @@ class Log:
     def storages_with_unknown_users(self, known: Iterable[int]) -> set[int]:
         """Addresses of pending storages with users that are neither in this log nor *known* by address."""
         own = map(storage_address, itertools.chain(self._handed_out, self._aliases))
-        uses = Counter(itertools.chain(own, known))
-        use_count = torch._C._storage_Use_Count
-        return {address for address in self.storages if use_count(address) > uses[address]}
+        uses = Counter(itertools.chain(own, known, self._wrapped))
+        return {address for address in self.storages if _use_count(address) > uses[address]}
 
     def own_ids(self) -> set[int]:
         return {id(tensor) for tensor in itertools.chain(self._handed_out, self._aliases)}
