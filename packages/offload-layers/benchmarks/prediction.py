@@ -24,13 +24,15 @@ from disk_offload import (
     TOKENS,
     PeakOfAnonymous,
     files,
+    forget,
     inputs,
     make_checkpoint,
     memory,
     model_class,
     skeleton,
+    use,
 )
-from offload_layers import offload, plan
+from offload_layers import Rates, offload, plan
 from offload_layers._budget import budget_of
 from safemap import DiskMap
 
@@ -54,6 +56,7 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     taken = []
     with PeakOfAnonymous() as sampled:
         for number in range(rounds + 2):
+            forget(folder)  # the plan is for weights that come from the disk
             start = time.perf_counter()
             handle(**arguments)
             if number >= 2:  # the order is learned, and who stays is chosen
@@ -76,20 +79,56 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     }
 
 
+def seconds_to_plan(folder: Path) -> dict[str, float]:
+    """How long a plan for all of Qwen-Image takes, from headers alone, with given rates and with a probe."""
+    from skipinit import skip_model_initialization
+
+    with skip_model_initialization():
+        model = model_class()()
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + parameter.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / "headers.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # a hole: it takes no space on the disk
+    rates, taken = Rates(2e9, 10e9, 10e9, 1e12), []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        planned = plan(path, device="cpu", ram="16GB", rates=rates)
+        taken.append(time.perf_counter() - start_s)
+    start_s = time.perf_counter()
+    plan(path, device="cpu", ram="16GB")
+    probed = time.perf_counter() - start_s
+    path.unlink()
+    return {
+        "parameters": float(sum(layer.size.numel for layer in planned.layers)),
+        "plan_s": statistics.median(taken),
+        "plan_with_probe_s": probed,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
     parser.add_argument("--rounds", type=int, default=5, help="forwards (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
+    parser.add_argument("--tokens", nargs="+", default=list(TOKENS), choices=TOKENS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    use(getattr(torch, options.dtype))
     if options.measure:
         folder, share, tokens = options.measure
         print(json.dumps(measure(Path(folder), float(share), tokens, options.rounds)))
         return
     with tempfile.TemporaryDirectory() as scratch:
+        planning = seconds_to_plan(Path(scratch))
+        print(", ".join(f"{name} {value:.3g}" for name, value in planning.items()))
         folder = options.folder or Path(scratch)
         make_checkpoint(folder)
         rows = []
@@ -99,11 +138,12 @@ def main() -> None:
             )
         )
         for share in SHARES:
-            for tokens in TOKENS:
+            for tokens in options.tokens:
                 # each in a process of its own, whose books begin at zero
                 arguments = ["--measure", str(folder), str(share), tokens, "--rounds", str(options.rounds)]
-                command = [sys.executable, __file__, *arguments, "--threads", str(options.threads)]
-                run = subprocess.run(command, capture_output=True, text=True, check=True)
+                arguments += ["--threads", str(options.threads), "--dtype", options.dtype]
+                command = [sys.executable, __file__, *arguments]
+                run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row = json.loads(run.stdout.strip().splitlines()[-1])
                 rows.append(row)
                 cells = (
@@ -126,6 +166,8 @@ def main() -> None:
             "date": str(datetime.date.today()),
             "machine": machine,
             "threads": options.threads,
+            "dtype": options.dtype,
+            "planning": planning,
             "rows": rows,
         }
         options.output.write_text(json.dumps(text, indent=1))

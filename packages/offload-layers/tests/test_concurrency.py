@@ -12,7 +12,10 @@ import pytest
 import torch
 from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
 from offload_layers._budget import Budget
-from offload_layers.testing import CountingSource, assert_invariants, residencies
+from offload_layers._device import HostDevice, replaced
+from offload_layers._placement import Placement
+from offload_layers._transfer import convert
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
 
 WIDTH = 8
@@ -186,3 +189,87 @@ def test_the_interpreter_ends_while_weights_are_on_their_way(end: str) -> None:
     assert run.stdout == "done\n"
     assert run.stderr == ""
     assert run.returncode == (3 if end else 0)
+
+
+class WatchedDevice(FakeDevice):
+    """Writes down who tells it what about its queues."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int]] = []
+        self.residency: Any = None
+        self.was_resident: list[bool] = []  # at each ``synchronize``
+
+    def wait(self, mark: Any) -> None:
+        self.told.append(("wait", threading.get_ident()))
+        super().wait(mark)
+
+    def finished(self) -> None:
+        self.told.append(("finished", threading.get_ident()))
+        super().finished()
+
+    def synchronize(self) -> None:
+        if self.residency is not None:
+            self.was_resident.append(self.residency.resident)
+        super().synchronize()
+
+
+@pytest.mark.parametrize("leaves_first", ["the one who staged it", "the other"])
+def test_everyone_who_shares_a_copy_tells_the_device_so(leaves_first: str) -> None:
+    """Two threads may compute in two queues: each has to wait for the copy, and to be waited for."""
+    device = WatchedDevice()
+    with device.installed():
+        layer: Any = AutoWrappedLinear(
+            nn.Linear(WIDTH, WIDTH), **DISK, disk_map=CountingSource(linear_state())
+        )
+        residency = layer._owner()
+        entered, may_leave = threading.Event(), threading.Event()
+
+        def other() -> None:
+            residency.enter()
+            entered.set()
+            may_leave.wait(10)
+            residency.leave()
+
+        thread = threading.Thread(target=other)
+        residency.enter()
+        thread.start()
+        assert entered.wait(10)
+        if leaves_first == "the other":
+            may_leave.set()
+            thread.join()
+            residency.leave()
+        else:
+            residency.leave()
+            may_leave.set()
+            thread.join()
+    for ident in (threading.get_ident(), thread.ident):
+        told = [what for what, who in device.told if who == ident]
+        assert told[0] == "wait"
+        assert told[-1] == "finished"
+
+
+def test_the_host_waits_before_a_layer_is_resident_and_before_it_is_not() -> None:
+    """A resident layer is called without a question, in any queue."""
+    config = DISK | {"preparing_dtype": torch.float32, "preparing_device": "cpu"}
+    device = WatchedDevice()
+    with device.installed():
+        layer: Any = AutoWrappedLinear(
+            nn.Linear(WIDTH, WIDTH), **config, disk_map=CountingSource(linear_state())
+        )
+        device.residency = layer._owner()
+        layer(X)
+        assert layer._owner().resident
+        assert device.was_resident == [False]
+        layer.offload()
+        assert device.was_resident == [False, True]
+
+
+def test_a_device_that_shares_the_memory_of_the_host_gets_tensors_of_its_own() -> None:
+    there = torch.device("meta")  # stands for mps, which this machine need not have
+    with replaced(there, HostDevice(there)):
+        assert convert(torch.ones(2), Placement(there)).device == there
+
+
+def linear_state() -> dict[str, Tensor]:
+    return nn.Linear(WIDTH, WIDTH).state_dict()

@@ -130,6 +130,20 @@ class TestOfCheckpoints:
         again = plan(files, device="cpu", ram="1GB", rates=RATES, dtype=torch.float32)
         assert again.layers[0].size.nbytes == 2 * 4224
 
+    @pytest.mark.parametrize("dtype", [None, torch.float32])
+    def test_the_machine_is_measured_in_the_dtype_and_with_the_rows_of_the_model(
+        self, folder: Path, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        probed: list[dict[str, Any]] = []
+        monkeypatch.setattr(
+            "offload_layers._offload.probe", lambda *_, **given: probed.append(given) or RATES
+        )
+        plan(folder, device="cpu", ram="1GB", dtype=dtype, rows=77)
+        model = nn.Linear(8, 8).to(dtype or torch.bfloat16)
+        plan(model, device="cpu", ram="1GB", rows=77)
+        for given in probed:
+            assert (given["dtype"], given["rows"]) == (dtype or torch.bfloat16, 77)
+
     def test_the_command(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,6 +12,7 @@ import torch
 from offload_layers import ConfigError, Rates, _probe, _probe_disk
 from offload_layers._probe import probe
 from offload_layers._probe_disk import probe_disk
+from torch import nn
 
 needs_nowait = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="no reads that must not wait here")
 
@@ -46,6 +47,15 @@ def test_without_a_file_the_disk_takes_no_time(device: torch.device) -> None:
     rates = probe(device, seconds=0)
     assert rates.disk_bytes_per_s == math.inf
     assert all(0 < rate < math.inf for rate in dataclasses.astuple(rates)[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1_000_000])
+def test_as_many_rows_as_asked_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    multiply = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: seen.add(len(x)) or multiply(x, *rest))
+    probe(torch.device("cpu"), rows=rows, seconds=0)
+    assert seen == {min(rows, _probe._MOST_ROWS)}
 
 
 def test_a_cpu_has_no_bus() -> None:

@@ -60,6 +60,8 @@ def test_strides_are_kept(tmp_path: Path) -> None:
     disk_map = DiskMap(saved(tmp_path, {"t": BASE.t()}))
     assert disk_map["t"].stride() == BASE.t().stride()
     assert_same(disk_map.slice("t")[1:3, 2], BASE.t()[1:3, 2])
+    part = disk_map.slice("t")[1:3]
+    assert part.untyped_storage().nbytes() == part.nbytes  # it does not keep the whole in memory
     out = torch.empty(6, 4, dtype=torch.float64)
     disk_map.read_into("t", out)
     assert_same(out, BASE.t().double())

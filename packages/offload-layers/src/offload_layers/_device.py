@@ -9,8 +9,16 @@ Note [Memory that two queues use]
     as soon as Python drops them, while the computation that reads them is still enqueued. So before they are
     dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
     (``finished``). No ``record_stream``: that would delay each reuse until the host asks again.
+
+Note [Any stream may compute]
+    Callers may compute in several streams, each in a thread of its own or not, and tell them to wait for each
+    other or not: on a plain model they need not. So everyone who computes with a staged copy lets his stream
+    wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
+    called without a question. So the host waits for the device (``synchronize``) when a layer has become
+    resident and before it ceases to be, which is rare.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -61,11 +69,17 @@ class Device(Protocol):
     def finished(self) -> None:
         """Let the copying queue go on only after what the computation was told up to now."""
 
+    def synchronize(self) -> None:
+        """Make the host wait until the device has done all that it was told, in any queue."""
+
 
 class HostDevice:
     """The CPU as compute device, and devices that share its memory: one queue, and nothing to count."""
 
     overlaps = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def in_use(self) -> int | None:
         """Return None: only what the budget has lent counts."""
@@ -75,8 +89,8 @@ class HostDevice:
         """Do nothing: freed host memory needs no second step."""
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """Return *tensor*, which is there already."""
-        return tensor
+        """Return *tensor* itself on a CPU, a copy on a device which has its own name for the same memory."""
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return *tensor*: it does not cross anything."""
@@ -96,6 +110,9 @@ class HostDevice:
     def finished(self) -> None:
         """Do nothing."""
 
+    def synchronize(self) -> None:
+        """Do nothing."""
+
 
 class Accelerator:
     """A device with memory and, where torch has them, streams of its own: CUDA, ROCm, XPU, NPU."""
@@ -106,6 +123,7 @@ class Accelerator:
         self._device = device
         self._module = torch.get_device_module(device)
         self._copies: Any = None  # the stream, made when it is first used
+        self._making_copies = threading.Lock()
         self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
         self._ring = PinnedRing(self._module, device)
         self._slabs = PinnedSlabs()
@@ -138,7 +156,8 @@ class Accelerator:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         if self._copies is None:
-            self._copies = self._module.Stream(self._device)
+            with self._making_copies:
+                self._copies = self._copies or self._module.Stream(self._device)
         with self._module.stream(self._copies):
             yield
 
@@ -164,6 +183,11 @@ class Accelerator:
         if self._copies is not None:
             self._copies.wait_event(self.mark())
 
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+        if hasattr(self._module, "synchronize"):
+            self._module.synchronize(self._device)
+
 
 _DEVICES: dict[torch.device, Device] = {}
 
@@ -171,8 +195,8 @@ _DEVICES: dict[torch.device, Device] = {}
 def device_of(device: torch.device) -> Device:
     """Return the one ``Device`` for *device* in this process."""
     if device not in _DEVICES:
-        is_host = device.type in ("cpu", "mps")
-        _DEVICES[device] = HostDevice() if is_host else Accelerator(device)
+        kind = HostDevice if device.type in ("cpu", "mps") else Accelerator
+        _DEVICES.setdefault(device, kind(device))  # another thread may have been faster
     return _DEVICES[device]
 
 

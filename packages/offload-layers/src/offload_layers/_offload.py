@@ -244,8 +244,15 @@ def plan(
         sizes = sizes_of_files(files, dtype, storage_dtype)
         file = str(find_files(files)[0])
     if rates is None:
-        rates = probe(target, file=file, dtype=dtype or torch.bfloat16)
+        rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
     return _plan(sizes, target, vram, ram, rows=rows, rates=rates)
+
+
+def _computed_in(sizes: list[LayerSize]) -> torch.dtype:
+    """Return in which dtype most of a model is computed that keeps the dtypes of its weights."""
+    numel, nbytes = sum(size.numel for size in sizes), sum(size.nbytes for size in sizes)
+    wide = nbytes > 3 * numel  # bytes an element; halves are computed alike, and eight bits as halves
+    return torch.float32 if wide else torch.bfloat16
 
 
 def _plan(

@@ -39,6 +39,7 @@ def probe(
     *,
     file: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    rows: int | None = None,
     seconds: float = 1.0,
 ) -> Rates:
     """Measure; the first use of a device, when torch wakes it, comes on top of *seconds*.
@@ -49,6 +50,8 @@ def probe(
             not drop them, because they were just written, say, or others have them mapped, the figure is that
             of the page cache, and a warning is logged.
         dtype: What matrices are multiplied in; for eight-bit floats as `AutoWrappedLinear` does it.
+        rows: Of the input of the matrix product, such as tokens times batch, since few rows are computed at
+            another rate than many; None: as many as keep the device busy.
         seconds: About how long all measurements together may take; each is made at least three times.
 
     Raises:
@@ -64,7 +67,7 @@ def probe(
     with torch.no_grad():
         memory = _memory(device, share)
         bus = memory if device.type in ("cpu", "mps") else _bus(device, share)
-        return Rates(disk, bus, memory, _flops(device, dtype, share))
+        return Rates(disk, bus, memory, _flops(device, dtype, rows, share))
 
 
 def _memory(device: torch.device, seconds: float) -> float:
@@ -83,9 +86,10 @@ def _bus(device: torch.device, seconds: float) -> float:
     return _rate(_BUS_BYTES, lambda: there.copy_(host, non_blocking=True), device, seconds)
 
 
-def _flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+def _flops(device: torch.device, dtype: torch.dtype, rows: int | None, seconds: float) -> float:
     multiply, wait = _multiplication(dtype), _waiting(device)
-    x, weight = _matrix(_FEWEST_ROWS, device), _matrix(_WIDTH, device).to(dtype)
+    x = _matrix(_FEWEST_ROWS if rows is None else max(1, min(rows, _MOST_ROWS)), device)
+    weight = _matrix(_WIDTH, device).to(dtype)
     x = x.to(torch.bfloat16 if dtype in FP8 else dtype)
 
     def product() -> Tensor:
@@ -96,7 +100,7 @@ def _flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{device} cannot multiply matrices of {dtype}: {reason}") from error
-    while len(x) < _MOST_ROWS and _seconds(product, wait) < _ROUND_S:
+    while rows is None and len(x) < _MOST_ROWS and _seconds(product, wait) < _ROUND_S:
         x = torch.cat([x, x])
     return _rate(2.0 * len(x) * _WIDTH * _WIDTH, product, device, seconds)
 

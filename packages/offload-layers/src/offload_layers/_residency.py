@@ -61,13 +61,15 @@ class Residency(Resting):
         with self._lock:
             self._users -= 1
             staged = self._staged
-            if self._users or staged is None:
+            if staged is None:
+                return
+            self._device.finished()  # each of several users may have a queue of his own
+            if self._users:
                 return
             changed = staged.changed(self.weights, self._computable)
             if not self.resident:
                 self._hide()
             self._staged = None
-            self._device.finished()
             if self.keeps_staged and not (changed or staged.is_differentiable or self.resident):
                 self._kept = staged.fetched
                 if self.budget.try_keep(staged.lease, limit=self.limit):
@@ -162,14 +164,14 @@ class Residency(Resting):
         """Let the model hold copies for a computation, unless it does already."""
         before = self._staged
         if before is not None and (before.is_differentiable or not differentiable):
+            self._device.wait(before.fetched.ready)  # made by a thread whose queue may be another one
             return
         fetched = None if differentiable else self._take_fetched()
         if fetched is None:
             fetched = self._fetch_now(None if before is None else before.lease, differentiable)
-        if fetched.ready is not None:
-            self._device.wait(fetched.ready)
-        if before is not None:  # its memory is about to be free
-            self._device.finished()
+        self._device.wait(fetched.ready)
+        if before is not None:  # its memory is about to be free, and others compute with it
+            self._device.synchronize()
         self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
 
     def _take_fetched(self) -> Fetched | None:

@@ -327,6 +327,8 @@ class Resting:
                     layer=self.name,
                     doing="bringing the weights of",
                 )
+            if placement == self.policy.computation:
+                self._device.synchronize()  # see Note [Any stream may compute]
             if placement.device == self.policy.computation.device:
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
         except BaseException:
@@ -338,6 +340,8 @@ class Resting:
 
     def _drop_to(self, state: State) -> None:
         while self._tiers.height > HEIGHT[state]:
+            if self.resident:
+                self._device.synchronize()
             self._hide()
             self._tiers.pop()
         self._expose_if_resident()

@@ -174,8 +174,10 @@ class FakeDevice:
                 return _FakeMark(self._computing_s, 0)
             return _FakeMark(self._copying_s, self._copies_begun)
 
-    def wait(self, mark: _FakeMark) -> None:
+    def wait(self, mark: _FakeMark | None) -> None:
         """Let the computation go on after *mark*: then the copies before it are there."""
+        if mark is None:
+            return
         with self._lock:
             self._computing_s = max(self._computing_s, mark.time_s)
             while self._copies_done < mark.copies:
@@ -187,6 +189,12 @@ class FakeDevice:
         """Let the second queue go on after what the computation was told."""
         with self._lock:
             self._copying_s = max(self._copying_s, self._computing_s)
+
+    def synchronize(self) -> None:
+        """Let both queues be done with what they were told."""
+        with self._lock:
+            self.wait(_FakeMark(self._copying_s, self._copies_begun))
+            self._copying_s = self._computing_s
 
     def _freed(self, nbytes: int) -> None:
         with self._lock:

@@ -116,11 +116,10 @@ class Reader:
         """Return ``tensor[start:stop, ...]``, in the dtype and on the device of the target."""
         file, layout, _ = entry
         if layout.stride is not None:  # its parts do not lie together
-            return self._read_any(name, entry)[_slices(cuts)]
+            return _own_part(self._read_any(name, entry), _slices(cuts))
         if layout.blocks is not None:
             rows = self._read_any(name, rows_of(entry, cuts))
-            part = rows[_within(cuts, rows, layout)]
-            return part if part.numel() == rows.numel() else part.clone()
+            return _own_part(rows, _within(cuts, rows, layout))
         part = self._part(cuts, layout.torch_dtype(name, file.path))
         self.read_ranges_into(name, entry, cuts, part)
         return self.finish(name, part)
@@ -292,6 +291,12 @@ def _within(cuts: Cuts, rows: Tensor, layout: Layout) -> tuple[slice, ...]:
     """Return what of *rows* a part is, after ``rows_of`` has cut the first dimension."""
     inside = _slices(cuts)
     return inside if tuple(rows.shape) == layout.shape else (slice(None), *inside[1:])
+
+
+def _own_part(whole: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """Return a part that does not keep the memory of the whole."""
+    part = whole[slices]
+    return part if part.numel() == whole.numel() else part.clone()
 
 
 def _check_destination(name: str, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
