@@ -114,10 +114,12 @@ def plain(folder: Path) -> nn.Module:
     return model
 
 
-def module_map(linear: type, module: type, own: type) -> dict[type[nn.Module], type]:
+def module_map(
+    linear: type, module: type, own: type, of: nn.Module | None = None
+) -> dict[type[nn.Module], type]:
     """Every module with parameters of its own, for our layer classes or those of DiffSynth-Studio."""
     faces: dict[type[nn.Module], type] = {nn.Linear: linear}
-    for part in skeleton().modules():
+    for part in (of or skeleton()).modules():
         if type(part) not in faces and next(part.parameters(recurse=False), None) is not None:
             faces[type(part)] = own if any(True for _ in part.children()) else module
     return faces
@@ -171,16 +173,21 @@ def half_resident(folder: Path) -> nn.Module:
     return offload_layers.offload(skeleton(), device="cpu", ram=nbytes // 2, source=source).model
 
 
-def diffsynth(folder: Path) -> nn.Module:
+def diffsynth_layers() -> Any:
+    """The layers of DiffSynth-Studio, without what its ``__init__`` imports: pipelines, torchvision ..."""
     try:
         root = Path(str(importlib.metadata.distribution("diffsynth").locate_file("diffsynth")))
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError("diffsynth is not installed") from error
     for name, path in (("diffsynth", root), ("diffsynth.core", root / "core")):
-        package = types.ModuleType(name)  # without what its __init__ imports: pipelines, torchvision ...
+        package = types.ModuleType(name)
         package.__path__ = [str(path)]
         sys.modules[name] = package
-    layers = importlib.import_module("diffsynth.core.vram.layers")
+    return importlib.import_module("diffsynth.core.vram.layers")
+
+
+def diffsynth(folder: Path) -> nn.Module:
+    layers = diffsynth_layers()
     faces = module_map(layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
     disk_map = layers.DiskMap(files(folder), "cpu")
     with layers.skip_model_initialization():

@@ -2,11 +2,12 @@
 
 ``python gpu.py`` measures floors first (the bus in both directions, matrix products), then a diffusion
 transformer of some gigabytes at two token counts under limits from 2 GB to none, beside the plain model and
-beside accelerate and diffusers where they are installed.
+beside DiffSynth-Studio, accelerate and diffusers where they are installed.
 
 A row tells the seconds of a forward (median) and their ratio to the floor, which is the larger of computation
 and bytes over bus, the most memory that torch had, and what the driver saw. ``!`` marks outputs that are not
-those of the plain model. Needs diffusers; without an accelerator it says so and ends.
+those of the plain model, as those of weights kept in eight bits must be. Needs diffusers; without an
+accelerator it says so and ends. ``--device cpu --layers 1 --heads 1 --tokens 16`` tries the script itself.
 """
 
 import argparse
@@ -22,41 +23,77 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from disk_offload import diffsynth_layers, module_map
 from torch import nn
 
 GB = 10**9
 LINE = "{:28} {:>7} {:>9} {:>9} {:>7} {:>10} {:>11} {:>9}"
-CONFIG = {"num_layers": 14, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
+CONFIG: dict[str, int] = {
+    "num_layers": 14,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+}
+HALF, EIGHT = torch.bfloat16, torch.float8_e4m3fn
+LIMITS = (2, 4, 8)  # GB
 
 
-def seconds(device: torch.device, run: Callable[[], object], rounds: int) -> float:
+class Driver:
+    """What torch tells of a device; zeros for a CPU, of whose memory it tells nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.module = torch.get_device_module(device)
+        self.has_memory = device.type != "cpu"
+
+    def synchronize(self) -> None:
+        if self.has_memory:
+            self.module.synchronize(self.device)
+
+    def forget(self) -> None:
+        gc.collect()
+        if self.has_memory:
+            self.module.empty_cache()
+            self.module.reset_peak_memory_stats(self.device)
+
+    def free_and_total(self) -> tuple[int, int]:
+        return self.module.mem_get_info(self.device) if self.has_memory else (0, 0)
+
+    def peak(self) -> int:
+        return int(self.module.max_memory_allocated(self.device)) if self.has_memory else 0
+
+    def name(self) -> str:
+        return str(self.module.get_device_name(self.device)) if self.has_memory else platform.processor()
+
+
+def seconds(driver: Driver, run: Callable[[], object], rounds: int) -> float:
     """Median seconds of *run*, the device waited for."""
-    module = torch.get_device_module(device)
     taken = []
     for _ in range(rounds):
-        module.synchronize()
+        driver.synchronize()
         start = time.perf_counter()
         run()
-        module.synchronize()
+        driver.synchronize()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
 
-def floors(device: torch.device) -> dict[str, float]:
-    host = torch.empty(GB, dtype=torch.uint8, pin_memory=True)
-    pageable = torch.zeros(GB // 4, dtype=torch.uint8)
-    there = torch.empty(GB, dtype=torch.uint8, device=device)
-    a = torch.randn(4096, 8192, device=device, dtype=torch.bfloat16)
-    b = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    up = seconds(device, lambda: there.copy_(host, non_blocking=True), 5)
-    down = seconds(device, lambda: host.copy_(there, non_blocking=True), 5)
-    slow = seconds(device, lambda: there[: GB // 4].copy_(pageable), 5)
-    product = seconds(device, lambda: a @ b, 20)
+def floors(driver: Driver) -> dict[str, float]:
+    nbytes, width = (GB, 8192) if driver.has_memory else (GB // 100, 256)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=driver.has_memory)
+    pageable = torch.zeros(nbytes // 4, dtype=torch.uint8)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=driver.device)
+    a = torch.randn(width // 2, width, device=driver.device, dtype=HALF)
+    b = torch.randn(width, width, device=driver.device, dtype=HALF)
+    up = seconds(driver, lambda: there.copy_(host, non_blocking=True), 5)
+    down = seconds(driver, lambda: host.copy_(there, non_blocking=True), 5)
+    slow = seconds(driver, lambda: there[: nbytes // 4].copy_(pageable), 5)
+    product = seconds(driver, lambda: a @ b, 20)
     return {
-        "host_to_device_bytes_per_s": GB / up,
-        "device_to_host_bytes_per_s": GB / down,
-        "pageable_to_device_bytes_per_s": GB / 4 / slow,
-        "bfloat16_flops": 2 * 4096 * 8192 * 8192 / product,
+        "host_to_device_bytes_per_s": nbytes / up,
+        "device_to_host_bytes_per_s": nbytes / down,
+        "pageable_to_device_bytes_per_s": nbytes / 4 / slow,
+        "bfloat16_flops": 2 * (width // 2) * width * width / product,
     }
 
 
@@ -66,147 +103,185 @@ def model_class() -> Any:
     return QwenImageTransformer2DModel
 
 
-def build(device: str = "cpu") -> nn.Module:
-    """Real weights: zeros would make a card run cooler than it does in use."""
-    with torch.device("meta"):
+def skeleton() -> nn.Module:
+    from skipinit import skip_model_initialization
+
+    with skip_model_initialization():
         model = model_class()(**CONFIG)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
-            tensor.data.normal_(0, 0.02, generator=generator)
-    fresh = model_class()(**{**CONFIG, "num_layers": 1})  # its tables, which no checkpoint has
-    model.pos_embed = fresh.pos_embed
-    return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def make_weights(device: torch.device) -> dict[str, torch.Tensor]:
+    """Values in host memory, made on the device: zeros would make a card run cooler than it does in use."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(parameter: torch.Tensor) -> torch.Tensor:
+        made = torch.empty(parameter.shape, dtype=HALF, device=device)
+        return made.normal_(0, 0.02, generator=generator).cpu()
+
+    return {name: values(parameter) for name, parameter in skeleton().named_parameters()}
+
+
+def build(weights: dict[str, torch.Tensor]) -> nn.Module:
+    model = skeleton()
+    model.load_state_dict(weights, assign=True, strict=False)
+    return model
 
 
 def inputs(tokens: int, device: torch.device) -> dict[str, Any]:
     side = int(tokens**0.5)
     generator = torch.Generator().manual_seed(0)
     text = 64
+    images = torch.randn(1, side * side, 64, generator=generator)
+    texts = torch.randn(1, text, CONFIG["joint_attention_dim"], generator=generator)
     return {
-        "hidden_states": torch.randn(1, side * side, 64, generator=generator).to(device, torch.bfloat16),
-        "encoder_hidden_states": torch.randn(1, text, CONFIG["joint_attention_dim"], generator=generator).to(
-            device, torch.bfloat16
-        ),
+        "hidden_states": images.to(device, HALF),
+        "encoder_hidden_states": texts.to(device, HALF),
         "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.bool, device=device),
-        "timestep": torch.tensor([0.5], dtype=torch.bfloat16, device=device),
+        "timestep": torch.tensor([0.5], dtype=HALF, device=device),
         "img_shapes": [[(1, side, side)]],
         "return_dict": False,
     }
 
 
-def ours(model: nn.Module, device: torch.device, limit: int | None, storage: torch.dtype | None) -> Any:
-    import offload_layers
-
-    vram = torch.get_device_module(device).mem_get_info(device)[1] if limit is None else limit
-    handle = offload_layers.offload(
-        model, device=device, vram=vram, ram=200 * GB, dtype=torch.bfloat16, storage_dtype=storage
-    )
-    return handle.model
+Make = Callable[[nn.Module], Any]
 
 
-def accelerate(model: nn.Module, device: torch.device) -> Any:
-    from accelerate import cpu_offload
+def ours(device: torch.device, limit: int | None, storage: torch.dtype | None = None) -> Make:
+    def make(model: nn.Module) -> Any:
+        import offload_layers
 
-    return cpu_offload(model, execution_device=device)
+        vram = "auto" if limit is None else limit
+        return offload_layers.offload(
+            model, device=device, vram=vram, ram="auto", dtype=HALF, storage_dtype=storage
+        ).model
+
+    return make
 
 
-def diffusers(model: nn.Module, device: torch.device, level: str) -> Any:
-    from diffusers.hooks import apply_group_offloading
+def diffsynth(device: torch.device, limit: int) -> Make:
+    def make(model: nn.Module) -> Any:
+        layers = diffsynth_layers()
+        own = (layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
+        config: dict[str, Any] = {
+            f"{role}_dtype": HALF for role in ("offload", "onload", "preparing", "computation")
+        }
+        config |= {"offload_device": "cpu", "onload_device": "cpu"}
+        config |= {"preparing_device": str(device), "computation_device": str(device)}
+        managed = layers.enable_vram_management(model, module_map(*own, of=skeleton()), config, limit / 2**30)
+        for layer in managed.modules():
+            if hasattr(layer, "onload"):
+                layer.onload()
+        return managed
 
-    apply_group_offloading(
-        model,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type=f"{level}_level",
-        num_blocks_per_group=1 if level == "block" else None,
-        use_stream=True,
-    )
-    return model
+    return make
+
+
+def accelerate(device: torch.device) -> Make:
+    def make(model: nn.Module) -> Any:
+        from accelerate import cpu_offload
+
+        return cpu_offload(model, execution_device=device)
+
+    return make
+
+
+def diffusers(device: torch.device, level: str) -> Make:
+    def make(model: nn.Module) -> Any:
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(
+            model,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type=f"{level}_level",
+            num_blocks_per_group=1 if level == "block" else None,
+            use_stream=device.type != "cpu",
+        )
+        return model
+
+    return make
+
+
+def subjects(device: torch.device) -> list[tuple[str, int | None, Make]]:
+    found: list[tuple[str, int | None, Make]] = [
+        ("plain, resident", None, lambda model: model.to(device)),
+        ("offload-layers, no limit", None, ours(device, None)),
+    ]
+    found += [(f"offload-layers, {limit} GB", limit * GB, ours(device, limit * GB)) for limit in LIMITS]
+    found.append(("offload-layers, fp8, 4 GB", 4 * GB, ours(device, 4 * GB, EIGHT)))
+    if device.type != "cpu":  # its limit asks the driver
+        found += [
+            (f"DiffSynth-Studio, {limit} GB", limit * GB, diffsynth(device, limit * GB)) for limit in LIMITS
+        ]
+    found.append(("accelerate, cpu_offload", None, accelerate(device)))
+    found += [(f"diffusers, {level}, stream", None, diffusers(device, level)) for level in ("block", "leaf")]
+    return found
 
 
 @torch.no_grad()
 def measure(
-    name: str,
-    make: Callable[[nn.Module], Any],
-    device: torch.device,
-    tokens: int,
-    limit: int | None,
-    rates: Any,
+    make: Make, weights: dict[str, torch.Tensor], driver: Driver, tokens: int, limit: int | None, bus: float
 ) -> dict[str, Any]:
-    module = torch.get_device_module(device)
-    gc.collect()
-    module.empty_cache()
-    module.reset_peak_memory_stats()
-    total = module.mem_get_info(device)[1]
-    model = make(build())
-    nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    arguments = inputs(tokens, device)
+    driver.forget()
+    model = make(build(weights))
+    nbytes = sum(tensor.nbytes for tensor in weights.values())
+    arguments = inputs(tokens, driver.device)
     for _ in range(3):  # the order is learned, and who stays is chosen
         output = model(**arguments)[0]
-    forward_s = seconds(device, lambda: model(**arguments), 5)
-    seen = total - module.mem_get_info(device)[0]
-    resident = 0 if limit is None else min(nbytes, limit)
+    forward_s = seconds(driver, lambda: model(**arguments), 5)
+    free, total = driver.free_and_total()
     return {
-        "subject": name,
         "tokens": tokens,
         "limit_nbytes": limit,
         "forward_s": forward_s,
-        "bus_floor_s": max(0, nbytes - resident) / rates["host_to_device_bytes_per_s"] if limit else 0.0,
-        "peak_allocated_nbytes": module.max_memory_allocated(device),
-        "driver_nbytes": seen,
+        "bus_floor_s": 0.0 if limit is None else max(0, nbytes - limit) / bus,
+        "peak_allocated_nbytes": driver.peak(),
+        "driver_nbytes": total - free,
         "output": output.float().cpu(),
     }
-
-
-def subjects(device: torch.device) -> list[tuple[str, int | None, Callable[[nn.Module], Any]]]:
-    fp8 = torch.float8_e4m3fn
-    found: list[tuple[str, int | None, Callable[[nn.Module], Any]]] = [
-        ("plain, resident", None, lambda m: m.to(device)),
-        ("offload-layers, no limit", None, lambda m: ours(m, device, None, None)),
-    ]
-    for limit in (2, 4, 8):
-        found.append(
-            (f"offload-layers, {limit} GB", limit * GB, lambda m, n=limit: ours(m, device, n * GB, None))
-        )
-    found.append(("offload-layers, fp8, 4 GB", 4 * GB, lambda m: ours(m, device, 4 * GB, fp8)))
-    found.append(("accelerate, cpu_offload", None, lambda m: accelerate(m, device)))
-    for level in ("block", "leaf"):
-        found.append((f"diffusers, {level}, stream", None, lambda m, n=level: diffusers(m, device, n)))
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--layers", type=int, default=14, help="of the model, 680 MB each with 24 heads")
+    parser.add_argument("--heads", type=int, default=24, help="of each layer")
+    parser.add_argument("--seconds", type=float, default=280.0, help="after which no row is begun")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     options = parser.parse_args()
-    device = torch.device(options.device, 0)
+    CONFIG.update(num_layers=options.layers, num_attention_heads=options.heads)
+    end = time.perf_counter() + options.seconds
+    device = torch.device("cpu") if options.device == "cpu" else torch.device(options.device, 0)
     if not torch.get_device_module(device).is_available():
         sys.exit(f"torch {torch.__version__} sees no {options.device} device here; nothing was measured")
-    rates = floors(device)
+    driver = Driver(device)
+    rates = floors(driver)
     print(json.dumps(rates, indent=1))
     print(
         LINE.format(
-            "subject", "tokens", "forward s", "compute s", "/ floor", "limit GB", "peak GB", "driver GB"
+            "subject", "tokens", "forward s", "plain s", "/ floor", "limit GB", "peak GB", "driver GB"
         )
     )
+    weights = make_weights(device)
     rows = []
     for tokens in options.tokens:
         plain_s, expected = 0.0, None
         for name, limit, make in subjects(device):
+            if time.perf_counter() > end:
+                print(f"{name:28} {tokens:>7} left out: the time is up", flush=True)
+                continue
             try:
-                row = measure(name, make, device, tokens, limit, rates)
-            except (ImportError, torch.OutOfMemoryError) as error:
-                print(
-                    f"{name:28} {tokens:>7} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True
-                )
+                row = measure(make, weights, driver, tokens, limit, rates["host_to_device_bytes_per_s"])
+            except Exception as error:  # of peers that are not installed, or want what is not there
+                reason = str(error).partition("\n")[0]
+                print(f"{name:28} {tokens:>7} {type(error).__name__}: {reason}", flush=True)
                 continue
             output = row.pop("output")
             if name == "plain, resident":
                 plain_s, expected = row["forward_s"], output
+            row["subject"] = name
             row["identical"] = expected is not None and bool(torch.equal(output, expected))
             floor = max(plain_s, row["bus_floor_s"]) or row["forward_s"]
             row["over_floor"] = row["forward_s"] / floor
@@ -221,9 +296,8 @@ def main() -> None:
             )
             print(LINE.format(name, tokens, *cells), flush=True)
     if options.output:
-        module = torch.get_device_module(device)
         machine = {
-            "device": module.get_device_name(device),
+            "device": driver.name(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
