@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "in memory": "cpu offload",
     "in memory, 8 bits": "fp8 storage",
     "on disk": "disk, preparing",
+    "on disk, nothing kept": "disk",
     "on disk, a limit of 0": "disk",
     "on disk, half of it in memory": "dynamic limit",
     "on disk, then in memory": "disk, memory",
@@ -90,8 +91,10 @@ def load(side: str, configuration: str, path: str, blocks: int, dtype: Any) -> A
         "extra_kwargs": {"num_layers": blocks},
     }
     name = CONFIGURATIONS[configuration]
-    limit = limit_of(name, Path(path).stat().st_size)
-    return ModelPool().load_model_file(what, path, STUDIO[name](dtype), vram_limit=limit)
+    config, limit = STUDIO[name](dtype), limit_of(name, Path(path).stat().st_size)
+    if configuration == "on disk, nothing kept":
+        config, limit = config | {"preparing_dtype": "disk", "preparing_device": "disk"}, None
+    return ModelPool().load_model_file(what, path, config, vram_limit=limit)
 
 
 def measure(

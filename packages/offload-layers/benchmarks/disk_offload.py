@@ -40,7 +40,6 @@ TOKENS = {  # side of the image in tokens, text tokens
 WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
-FORWARDS = 20  # over which growth is measured
 LINE = "{:30} {:>7} {:>7} {:>9} {:>7} {:>9} {:>8} {:>8} {:>7}"
 RESTING = ("offload", "onload", "preparing")
 
@@ -316,7 +315,7 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
     if what == "memory":
         first = memory()
         with PeakOfAnonymous() as sampled:
-            for _ in range(FORWARDS):
+            for _ in range(rounds):
                 model(**arguments)
         last = memory()
         return {
@@ -385,6 +384,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of forwards (default: %(default)s)")
+    parser.add_argument("--forwards", type=int, default=20, help="that memory is watched in (default: 20)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--tokens", nargs="+", default=list(TOKENS)[:2], choices=list(TOKENS))
@@ -415,7 +415,10 @@ def main() -> None:
             )
         )
         for subject in options.subjects:
-            used = in_a_process([subject, str(folder), options.tokens[0], "0", "2", "memory", options.dtype])
+            forwards = str(options.forwards)
+            used = in_a_process(
+                [subject, str(folder), options.tokens[0], forwards, "2", "memory", options.dtype]
+            )
             for threads in options.threads:
                 row = {"subject": subject, "threads": threads, "memory": used}
                 for tokens in options.tokens:
@@ -432,6 +435,7 @@ def main() -> None:
             "machine": machine,
             "config": CONFIG,
             "dtype": options.dtype,
+            "forwards": options.forwards,
             "rows": rows,
         }
         options.output.write_text(json.dumps(text, indent=1))

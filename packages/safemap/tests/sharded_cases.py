@@ -8,7 +8,9 @@ traceback.
 import ctypes
 import itertools
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import safemap._read
+import safemap.distributed
 import torch
 import torch.distributed as dist
 from safemap import DiskMap, FileChangedError, MismatchError, MissingFileError
@@ -453,6 +456,19 @@ def different_on_one_rank(rank: int, world: int, folder: Path) -> None:
     with raises(MismatchError, "ranks 0 and 1 opened checkpoints that differ"):
         load_sharded(net, folder / ("linears.safetensors" if rank != 1 else "linears-half.safetensors"))
     assert net[0].weight.is_meta
+
+
+def killed_while_loading(rank: int, world: int, folder: Path) -> None:
+    """The last case of its world, which is no whole one afterwards."""
+    net = shard_net(meta_net(), mesh=line(world))
+    if rank == world - 1:
+        (folder / f"killed_while_loading.{world}.{rank}").write_text("ok")
+        safemap.distributed.read_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    with raises(ShardedLoadError, "a rank has ended", f"on rank {rank} of {world}"):
+        load_sharded(net, folder / "net.safetensors")
+    assert time.monotonic() - begin < 20  # long before the timeout
+    assert net.words.weight.is_meta
 
 
 def run_rank(rank: int, world: int, folder: Path, chosen: list[str]) -> None:

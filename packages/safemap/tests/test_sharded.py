@@ -27,7 +27,12 @@ EVERYWHERE = [
 ]
 ON_TWO = ["memory", "after_a_forward", "policies", "dtypes", "tensor_parallel", "shapes_differ"]
 ON_FOUR = ["every_pair_of_placements", "hybrid", "tensor_parallel", "both_along_one_dimension"]
-CASES = {2: EVERYWHERE + ON_TWO, 3: [*EVERYWHERE, "part_of_the_ranks"], 4: EVERYWHERE + ON_FOUR}
+AT_LAST = ["killed_while_loading"]
+CASES = {
+    2: EVERYWHERE + ON_TWO + AT_LAST,
+    3: [*EVERYWHERE, "part_of_the_ranks", *AT_LAST],
+    4: EVERYWHERE + ON_FOUR + AT_LAST,
+}
 SECONDS = 120  # after which a hanging rank is killed
 
 

@@ -29,13 +29,16 @@ class Ranks(Generic[T]):
 
         Raises:
             Exception: *error*, on a rank that has one.
-            ShardedLoadError: another rank has one.
+            ShardedLoadError: another rank has one, or is gone.
         """
         message = None if error is None else f"{type(error).__name__}: {error}"
         told = [(message, value)]
         if not self.is_alone:
             told = [(None, value)] * self.size
-            dist.all_gather_object(told, (message, value), group=self.group)
+            try:
+                dist.all_gather_object(told, (message, value), group=self.group)
+            except RuntimeError as lost:  # gloo notices a lost connection; others wait for their timeout
+                raise (error or self._lost(lost)) from lost
         if error is not None:
             raise error
         failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
@@ -46,3 +49,10 @@ class Ranks(Generic[T]):
                 f"{others}. {failed[0][1]}"
             )
         return [value for _, value in told]
+
+    def _lost(self, error: RuntimeError) -> ShardedLoadError:
+        reason = str(error).partition("\n")[0]
+        return ShardedLoadError(
+            f"a rank has ended, or was too slow, while a model was being loaded, so nothing was assigned on "
+            f"rank {self.rank} of {self.size}. See what the other ranks have printed. ({reason})"
+        )

@@ -66,7 +66,7 @@ def load_sharded(
     Raises:
         RuntimeError: *strict*, and names are missing or unexpected.
         MismatchError: shapes differ, a parameter is ``Partial``, or the ranks opened different checkpoints.
-        ShardedLoadError: loading failed on another rank.
+        ShardedLoadError: loading failed on another rank, or that rank has ended.
     """
     ranks: Ranks[tuple[str, int]] = Ranks(group)
     owned: list[DiskMap] = []
