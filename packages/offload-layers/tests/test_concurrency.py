@@ -197,6 +197,7 @@ class WatchedDevice(FakeDevice):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[str, int]] = []
+        self.recorded: list[Tensor] = []
         self.residency: Any = None
         self.was_resident: list[bool] = []  # at each ``synchronize``
 
@@ -207,6 +208,9 @@ class WatchedDevice(FakeDevice):
     def finished(self) -> None:
         self.told.append(("finished", threading.get_ident()))
         super().finished()
+
+    def record_use(self, tensor: Tensor) -> None:
+        self.recorded.append(tensor)
 
     def synchronize(self) -> None:
         if self.residency is not None:
@@ -263,6 +267,25 @@ def test_the_host_waits_before_a_layer_is_resident_and_before_it_is_not() -> Non
         assert device.was_resident == [False]
         layer.offload()
         assert device.was_resident == [False, True]
+
+
+@pytest.mark.parametrize("outlives", ["autograd", "a reader", "nobody"])
+def test_memory_of_copies_that_outlive_the_forward_is_kept_for_them(outlives: str) -> None:
+    device = WatchedDevice()
+    with device.installed():
+        plain = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        layer: Any = AutoWrappedLinear(plain, **DISK, disk_map=CountingSource(linear_state()))
+        read: list[Tensor] = []
+        if outlives == "autograd":
+            with torch.enable_grad():
+                x = X.clone().requires_grad_()
+                layer(x).sum().backward()
+        else:
+            layer(X)
+        if outlives == "a reader":
+            read += [layer.weight, layer.bias]
+    assert len(device.recorded) == (0 if outlives == "nobody" else 2)
+    assert {id(t) for t in read} <= {id(t) for t in device.recorded}
 
 
 def test_a_device_that_shares_the_memory_of_the_host_gets_tensors_of_its_own() -> None:

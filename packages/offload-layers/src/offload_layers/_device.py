@@ -8,7 +8,9 @@ Note [Memory that two queues use]
     Weights that were fetched aside lie in memory of the copying queue, which may be used for the next copy
     as soon as Python drops them, while the computation that reads them is still enqueued. So before they are
     dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
-    (``finished``). No ``record_stream``: that would delay each reuse until the host asks again.
+    (``finished``). No ``record_stream``: that would delay each reuse until the host asks again. Only what may
+    outlive the forward gets it (``record_use``): weights that autograd saves for the backward pass, and those
+    that somebody reads from outside of their layer.
 
 Note [Any stream may compute]
     Callers may compute in several streams, each in a thread of its own or not, and tell them to wait for each
@@ -69,6 +71,9 @@ class Device(Protocol):
     def finished(self) -> None:
         """Let the copying queue go on only after what the computation was told up to now."""
 
+    def record_use(self, tensor: Tensor) -> None:
+        """Keep the memory of *tensor*, once it is dropped, until the current queue is done with it."""
+
     def synchronize(self) -> None:
         """Make the host wait until the device has done all that it was told, in any queue."""
 
@@ -108,6 +113,9 @@ class HostDevice:
         """Do nothing."""
 
     def finished(self) -> None:
+        """Do nothing."""
+
+    def record_use(self, tensor: Tensor) -> None:
         """Do nothing."""
 
     def synchronize(self) -> None:
@@ -182,6 +190,11 @@ class Accelerator:
         """See Note [Memory that two queues use]."""
         if self._copies is not None:
             self._copies.wait_event(self.mark())
+
+    def record_use(self, tensor: Tensor) -> None:
+        """See Note [Memory that two queues use]."""
+        if self._copies is not None and tensor.device == self._device:
+            tensor.record_stream(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
         """Wait for all streams."""

@@ -104,6 +104,7 @@ class Residency(Resting):
             if exposed is not None:
                 if self._staged is not None:
                     watch(exposed)
+                    self._record_use(self._staged.fetched)
                 return exposed
             return self._computable(weight, differentiable=self._wants_gradients())
 
@@ -172,7 +173,13 @@ class Residency(Resting):
         self._device.wait(fetched.ready)
         if before is not None:  # its memory is about to be free, and others compute with it
             self._device.synchronize()
+        if torch.is_grad_enabled():  # autograd may save them for the backward pass
+            self._record_use(fetched)
         self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
+
+    def _record_use(self, fetched: Fetched) -> None:
+        for tensor in fetched.tensors:
+            self._device.record_use(tensor)
 
     def _take_fetched(self) -> Fetched | None:
         """Return the copies that were kept, or fetched ahead."""

@@ -190,6 +190,9 @@ class FakeDevice:
         with self._lock:
             self._copying_s = max(self._copying_s, self._computing_s)
 
+    def record_use(self, tensor: Tensor) -> None:
+        """Do nothing: what Python holds is not used again here."""
+
     def synchronize(self) -> None:
         """Let both queues be done with what they were told."""
         with self._lock:

@@ -2,9 +2,9 @@
 
 Note [First touch]
     The kernel clears every page when it is first written.  For a tensor of 100 MB that takes longer than the
-    read itself (measured: 2.5 GB/s into fresh memory, 3.9 with huge pages, 6.7 into memory that was touched
-    before). So large tensors lie in anonymous mappings with huge pages, and a mapping is lent again after its
-    tensor died.
+    read itself (measured: 2.5 GB/s into fresh memory, 6.7 into memory that was touched before). So large
+    tensors lie in anonymous mappings, which get their pages in the fastest way (Note [Huge or small] in
+    ``_first_touch``), and a mapping is lent again after its tensor died.
 
 Note [How much is kept]
     What the pool holds beyond the tensors alive is at most ``slack`` bytes more than was once needed at the
@@ -22,6 +22,7 @@ from collections import deque
 
 from torch import Tensor
 
+from safemap._first_touch import first_touch
 from safemap._locks import ForkSafeLock
 
 MIB = 1 << 20
@@ -30,15 +31,20 @@ _CAN_MAP = sys.platform == "linux"
 
 
 class _Buffer:
-    """An anonymous mapping; its first ``resident`` bytes may have been touched."""
+    """An anonymous mapping: its first ``touched`` bytes have pages, its ``resident`` ones may have them."""
 
-    __slots__ = ("memory", "nbytes", "resident")
+    __slots__ = ("memory", "nbytes", "resident", "touched")
 
     def __init__(self, nbytes: int) -> None:
         self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.nbytes = self.resident = nbytes
+        self.touched = 0
+
+    def touch(self, nbytes: int, threads: int) -> None:
+        """Get pages for the first *nbytes*."""
+        if nbytes > self.touched:
+            first_touch(self.memory, self.touched, nbytes, threads)
+            self.touched = nbytes
 
     def trim(self, nbytes: int) -> None:
         """Give the pages behind the first *nbytes* back to the system; the range stays usable."""
@@ -46,6 +52,7 @@ class _Buffer:
         if kept < self.resident:
             self.memory.madvise(mmap.MADV_DONTNEED, kept, self.nbytes - kept)
             self.resident = kept
+            self.touched = min(self.touched, kept)
 
 
 class BufferPool:
@@ -66,11 +73,11 @@ class BufferPool:
         """Bytes that the pool accounts for, lent and free."""
         return self._resident
 
-    def take(self, nbytes: int, skip: int = 0) -> memoryview | None:
+    def take(self, nbytes: int, skip: int = 0, threads: int = 1) -> memoryview | None:
         """Return *nbytes* of writable memory, or None where torch's own allocator must serve.
 
         The memory is lent until the view, and with it every tensor made from it, is gone.  It begins *skip*
-        bytes after the start of a page.
+        bytes after the start of a page.  New pages are got by *threads* threads.
         """
         if not _CAN_MAP:
             return None
@@ -84,7 +91,8 @@ class BufferPool:
             view = memoryview(buffer.memory)[skip:nbytes]
             ref = weakref.ref(view, self._give_back)
             self._lent[id(ref)] = ref, buffer, nbytes
-            return view
+        buffer.touch(nbytes, threads)  # it is this thread's own now
+        return view
 
     def drop_free(self) -> None:
         """Return all memory that is not lent to the system, now and from now on."""
@@ -152,8 +160,7 @@ def exact_memory(nbytes: int) -> memoryview | None:
     if not _CAN_MAP:
         return None
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    first_touch(memory, 0, nbytes)
     return memoryview(memory)
 
 

@@ -25,7 +25,7 @@ _SWAPPED, _OF_FILE = 62, 61
 _PAGEMAP_ENTRY_BYTES = 8
 
 
-def _find_madvise() -> Callable[[int, int, int], int] | None:
+def find_madvise() -> Callable[[int, int, int], int] | None:
     """Return the system call; unlike ``mmap.madvise`` it lets other Python threads run."""
     if sys.platform != "linux":
         return None
@@ -37,7 +37,7 @@ def _find_madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-_madvise = _find_madvise()
+_madvise = find_madvise()
 
 
 def bring_in(memory: mmap.mmap, start: int, stop: int) -> bool:

@@ -6,7 +6,9 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+Piece = TypeVar("Piece")
 _MAX_THREADS = 8
 
 _executor: ThreadPoolExecutor | None = None
@@ -18,14 +20,14 @@ def default_threads() -> int:
     return min(4, cores)
 
 
-def for_each(task: Callable[[int], None], pieces: Sequence[int], threads: int) -> None:
+def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: int) -> None:
     """Call *task* for every piece, on *threads* threads, this one included; the first error is raised."""
     helpers = min(threads, len(pieces), _MAX_THREADS) - 1
     if helpers < 1:
         for piece in pieces:
             task(piece)
         return
-    queue = iter(pieces)  # next() on an iterator of a range is atomic under the interpreter lock
+    queue = iter(pieces)  # next() on an iterator of a sequence is atomic under the interpreter lock
 
     def work() -> None:
         for piece in queue:

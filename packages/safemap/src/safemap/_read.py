@@ -88,6 +88,7 @@ class Reader:
                     file.check_unchanged(descriptor)
                 return tensor
         elif self._is_plain and nbytes and layout.stride is None and layout.dtype is not None:
+            self._ask(file, offset, nbytes)
             tensor, view = self._allocate(layout.dtype, layout.shape, nbytes, offset)
             self._read_bytes(file, offset, view)
             return tensor
@@ -101,7 +102,9 @@ class Reader:
         with torch.no_grad():
             if out.device.type != "cpu" or not out.is_contiguous() or layout.stride is not None:
                 out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
-            elif layout.blocks is not None:
+                return
+            self._ask(file, offset, layout.nbytes)
+            if layout.blocks is not None:
                 self._decode(name, entry, out.detach())
             else:
                 self._fill(file, offset, dtype, out.detach())
@@ -141,7 +144,9 @@ class Reader:
             self.read_ranges_into(name, entry, cuts, part)
             out.copy_(part)
         elif run is not None:
-            self._fill(file, offset + run[0] * stored.itemsize, stored, out)
+            start = offset + run[0] * stored.itemsize
+            self._ask(file, start, out.numel() * stored.itemsize)
+            self._fill(file, start, stored, out)
         else:
             read_ranges(file, offset, stored, layout.shape, cuts, out)
 
@@ -218,6 +223,7 @@ class Reader:
         if layout.stride is not None:
             span = Layout(layout.code, stored, (layout.nbytes // stored.itemsize,), layout.nbytes)
             return _with_strides(self._read_host(name, (file, span, offset), dtype, pin=pin), layout)
+        self._ask(file, offset, layout.nbytes)  # before memory is got for it
         # flat first, since computing strides overflows for some shapes without elements: [0, 2**40, 2**40]
         flat = self.allocate(layout.numel, dtype, pin=pin)
         try:
@@ -235,9 +241,7 @@ class Reader:
 
     def _decode(self, name: str, entry: Entry, out: Tensor) -> None:
         """Read quantized blocks into a contiguous CPU tensor."""
-        file, layout, offset = entry
         if out.numel():
-            self._ahead.before(file, offset, layout.nbytes)
             decode_into(name, entry, out.view(-1), self.threads)
 
     def _allocate(
@@ -245,7 +249,7 @@ class Reader:
     ) -> tuple[Tensor, memoryview]:
         """Return an uninitialized tensor, not empty, to be read from *offset*, and its bytes."""
         if nbytes >= POOLED:
-            view = self.pool.take(nbytes, skip=skip_for(dtype, offset))
+            view = self.pool.take(nbytes, skip_for(dtype, offset), self.threads)
             if view is not None:
                 return torch.frombuffer(view, dtype=dtype).view(shape), view
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
@@ -254,15 +258,17 @@ class Reader:
     def _fill(self, file: File, offset: int, stored: torch.dtype, out: Tensor) -> None:
         """Read into a contiguous CPU tensor, converting from the dtype *stored*."""
         if out.dtype != stored:
-            self._ahead.before(file, offset, out.numel() * stored.itemsize)
             read_cast(file, offset, stored, out.view(-1), self.threads)
         elif out.numel():
             self._read_bytes(file, offset, bytes_of(out))
 
+    def _ask(self, file: File, offset: int, nbytes: int) -> None:
+        """Ask the disk for what is about to be read."""
+        if nbytes >= _ASK:
+            self._ahead.before(file, offset, nbytes)
+
     def _read_bytes(self, file: File, offset: int, view: memoryview) -> None:
         """Fill *view*, in pieces spread over the threads if it is long."""
-        if len(view) >= _ASK:
-            self._ahead.before(file, offset, len(view))
         if self.threads == 1 or len(view) <= POOLED:
             file.read_into(view, offset)
             return

@@ -1,0 +1,126 @@
+"""What an accelerator is told about its streams, with a fake of torch's module for it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from offload_layers._device import Accelerator
+
+
+class Stream:
+    def __init__(self, device: torch.device) -> None:
+        time.sleep(0.01)  # so that threads meet here
+        self.waited_for: list[Any] = []
+        FakeModule.made.append(self)
+
+    def wait_event(self, event: "Event") -> None:
+        self.waited_for.append(event)
+
+
+class Event:
+    recorded_in: Stream | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.recorded_in = stream
+
+
+class FakeModule:
+    """As ``torch.cuda``, of which an `Accelerator` uses this much."""
+
+    made: list[Stream]
+    current: threading.local
+    Stream, Event = Stream, Event
+    synchronized: int
+
+    @classmethod
+    def current_stream(cls, device: torch.device) -> Stream:
+        if not hasattr(cls.current, "stream"):
+            cls.current.stream = Stream(device)
+        stream: Stream = cls.current.stream
+        return stream
+
+    @classmethod
+    @contextmanager
+    def stream(cls, stream: Stream) -> Iterator[None]:
+        before = cls.current_stream(torch.device("cpu"))
+        cls.current.stream = stream
+        try:
+            yield
+        finally:
+            cls.current.stream = before
+
+    @classmethod
+    def synchronize(cls, device: torch.device) -> None:
+        cls.synchronized += 1
+
+
+class Recorded:
+    """A tensor that tells which streams were recorded."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+
+    def record_stream(self, stream: Stream) -> None:
+        self.streams.append(stream)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    FakeModule.made, FakeModule.current, FakeModule.synchronized = [], threading.local(), 0
+    monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
+    return Accelerator(torch.device("cpu"))
+
+
+def test_threads_share_one_copying_stream(device: Accelerator) -> None:
+    found: list[Stream] = []
+    together = threading.Barrier(4)
+
+    def copy() -> None:
+        together.wait(10)
+        with device.aside():
+            found.append(FakeModule.current_stream(torch.device("cpu")))
+
+    threads = [threading.Thread(target=copy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+
+
+def test_who_waits_for_whom(device: Accelerator) -> None:
+    computing = FakeModule.current_stream(torch.device("cpu"))
+    with device.aside():
+        copying = FakeModule.current_stream(torch.device("cpu"))
+        ready = device.mark()
+    assert copying is not computing
+    assert ready.recorded_in is copying
+    device.wait(ready)
+    assert computing.waited_for == [ready]
+    device.wait(None)
+    assert computing.waited_for == [ready]
+    device.finished()
+    (event,) = copying.waited_for
+    assert event.recorded_in is computing
+
+
+def test_memory_is_kept_for_the_stream_that_computes(device: Accelerator) -> None:
+    tensor: Any = Recorded()
+    device.record_use(tensor)
+    assert not tensor.streams  # nothing was copied aside yet
+    with device.aside():
+        pass
+    device.record_use(tensor)
+    assert tensor.streams == [FakeModule.current_stream(torch.device("cpu"))]
+
+
+def test_the_host_waits_for_all_streams(device: Accelerator) -> None:
+    device.synchronize()
+    assert FakeModule.synchronized == 1

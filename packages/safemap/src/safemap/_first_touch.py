@@ -1,0 +1,70 @@
+"""Getting pages for memory that is about to be written, by the faster of two ways.
+
+Note [Huge or small]
+    The kernel clears a page when it is first used. One call for many pages takes half as long as a fault for
+    each, and huge pages are cleared several times as fast as small ones: on a machine that has its memory to
+    itself. A virtual machine may have given its free memory back to its host, in huge pages, and getting one
+    again then takes longer than getting small ones that were never given back (measured, GB/s: huge 7.2 or
+    0.8, small 1.9). Nothing tells which it will be; so both are tried, timed, and tried again now and then.
+"""
+
+import ctypes
+import errno
+import itertools
+import mmap
+from time import perf_counter
+
+from safemap._pages import find_madvise
+from safemap._parallel import for_each
+
+_POPULATE_WRITE = 23  # Source: asm-generic/mman-common.h, since Linux 5.14; Python does not have it
+_HUGE, _SMALL = getattr(mmap, "MADV_HUGEPAGE", 14), getattr(mmap, "MADV_NOHUGEPAGE", 15)
+_STEP = 8 << 20  # bytes of one call: enough to be timed, little enough to be wrong with
+_HUGE_PAGE = 2 << 20
+_RETRY = 64  # steps after which the way that was slower is tried again
+_MEMORY = 0.75  # how much a single time, of a thread that was interrupted, say, does not change
+
+
+class FirstTouch:
+    """Populates memory, and learns how that goes fastest; threads may share it."""
+
+    def __init__(self) -> None:
+        self._madvise = find_madvise()
+        self._costs: dict[int, float] = {}  # kind of page -> seconds a byte, of late
+        self._steps = itertools.count(1)
+
+    def __call__(self, memory: mmap.mmap, start: int, stop: int, threads: int = 1) -> None:
+        """Get pages for ``memory[start:stop]``, which is private and anonymous, if that can be done here."""
+        if self._madvise is None:
+            return
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        begin, end = base + start - start % mmap.PAGESIZE, base + stop
+        inner = range(begin // _STEP * _STEP + _STEP, end, _STEP)  # steps end where huge pages do
+        for_each(self._populate, list(itertools.pairwise((begin, *inner, end))), threads)
+
+    def _populate(self, step: tuple[int, int]) -> None:
+        if self._madvise is None:
+            return
+        begin, end = step
+        kind, start = self._kind(), perf_counter()
+        self._madvise(begin, end - begin, kind)
+        if self._madvise(begin, end - begin, _POPULATE_WRITE):
+            if ctypes.get_errno() == errno.EINVAL:  # an older kernel
+                self._madvise = None
+            return  # the pages come, or the lack of them is felt, when they are written
+        if end - begin >= _HUGE_PAGE:
+            cost = (perf_counter() - start) / (end - begin)
+            self._costs[kind] = cost + _MEMORY * (self._costs.get(kind, cost) - cost)
+
+    def _kind(self) -> int:
+        for untried in (_HUGE, _SMALL):
+            if untried not in self._costs:
+                return untried
+        is_huge = self._costs[_HUGE] <= self._costs[_SMALL]
+        if next(self._steps) % _RETRY == 0:
+            is_huge = not is_huge
+        return _HUGE if is_huge else _SMALL
+
+
+#: of this process: what is learned holds for all of its memory
+first_touch = FirstTouch()
