@@ -71,19 +71,19 @@ class Recorded:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     FakeModule.made, FakeModule.current, FakeModule.synchronized = [], threading.local(), 0
     monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
     return Accelerator(torch.device("cpu"))
 
 
-def test_threads_share_one_copying_stream(device: Accelerator) -> None:
+def test_threads_share_one_copying_stream(accelerator: Accelerator) -> None:
     found: list[Stream] = []
     together = threading.Barrier(4)
 
     def copy() -> None:
         together.wait(10)
-        with device.aside():
+        with accelerator.aside():
             found.append(FakeModule.current_stream(torch.device("cpu")))
 
     threads = [threading.Thread(target=copy) for _ in range(4)]
@@ -95,32 +95,32 @@ def test_threads_share_one_copying_stream(device: Accelerator) -> None:
     assert len(set(found)) == 1
 
 
-def test_who_waits_for_whom(device: Accelerator) -> None:
+def test_who_waits_for_whom(accelerator: Accelerator) -> None:
     computing = FakeModule.current_stream(torch.device("cpu"))
-    with device.aside():
+    with accelerator.aside():
         copying = FakeModule.current_stream(torch.device("cpu"))
-        ready = device.mark()
+        ready = accelerator.mark()
     assert copying is not computing
     assert ready.recorded_in is copying
-    device.wait(ready)
+    accelerator.wait(ready)
     assert computing.waited_for == [ready]
-    device.wait(None)
+    accelerator.wait(None)
     assert computing.waited_for == [ready]
-    device.finished()
+    accelerator.finished()
     (event,) = copying.waited_for
     assert event.recorded_in is computing
 
 
-def test_memory_is_kept_for_the_stream_that_computes(device: Accelerator) -> None:
+def test_memory_is_kept_for_the_stream_that_computes(accelerator: Accelerator) -> None:
     tensor: Any = Recorded()
-    device.record_use(tensor)
+    accelerator.record_use(tensor)
     assert not tensor.streams  # nothing was copied aside yet
-    with device.aside():
+    with accelerator.aside():
         pass
-    device.record_use(tensor)
+    accelerator.record_use(tensor)
     assert tensor.streams == [FakeModule.current_stream(torch.device("cpu"))]
 
 
-def test_the_host_waits_for_all_streams(device: Accelerator) -> None:
-    device.synchronize()
+def test_the_host_waits_for_all_streams(accelerator: Accelerator) -> None:
+    accelerator.synchronize()
     assert FakeModule.synchronized == 1

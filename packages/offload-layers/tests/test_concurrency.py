@@ -14,6 +14,7 @@ from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_man
 from offload_layers._budget import Budget
 from offload_layers._device import HostDevice, replaced
 from offload_layers._placement import Placement
+from offload_layers._schedule import Schedule
 from offload_layers._transfer import convert
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
@@ -274,7 +275,8 @@ def test_memory_of_copies_that_outlive_the_forward_is_kept_for_them(outlives: st
     device = WatchedDevice()
     with device.installed():
         plain = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-        layer: Any = AutoWrappedLinear(plain, **DISK, disk_map=CountingSource(linear_state()))
+        source = CountingSource(linear_state())
+        layer: Any = AutoWrappedLinear(plain, **DISK, disk_map=source, schedule=Schedule())
         read: list[Tensor] = []
         if outlives == "autograd":
             with torch.enable_grad():
