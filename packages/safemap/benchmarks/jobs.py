@@ -190,6 +190,33 @@ class Sweep(Job):
             return timed(sweep)
 
 
+class Kept(Job):
+    """Every tensor once, and all of them kept, as when a model is loaded: memory is new to the process."""
+
+    def rounds(self, number: int) -> Iterator[Sample]:
+        paths = self.dit()
+        names = list(checkpoints.names_in_file_order(paths))
+        nbytes = sum(span[2] for span in self.spans(paths, names))
+        contenders = {
+            peer: lambda opened=opened: self.load(opened, paths, names)
+            for peer, opened in peers.LAZY.items()
+            if peer != "safemap mmap=True"
+        }
+        contenders["safemap, all threads"] = lambda: self.load(peers.safemap_all_threads, paths, names)
+        yield from round_of("kept, file order", contenders, nbytes, number)
+
+    @staticmethod
+    def load(opened: Callable, paths: list[str], names: list[str]) -> float:
+        system.warm(paths)
+        kept = []
+
+        def load() -> None:
+            with opened(paths) as get:
+                kept.extend(get(name) for name in names)
+
+        return timed(load)
+
+
 class Used(Job):
     """Every tensor once, and every byte of it read by a sum: what a view saves, and what it only puts off."""
 
@@ -284,6 +311,7 @@ JOBS: dict[str, Callable[[Path, float], Job]] = {
     "sweep-warm": lambda folder, gigabytes: Sweep(folder, gigabytes, cold=False),
     "sweep-cold": lambda folder, gigabytes: Sweep(folder, gigabytes, cold=True),
     "sweep-used": Used,
+    "kept": Kept,
     "casts": Casts,
     "two-threads": TwoThreads,
 }

@@ -21,6 +21,14 @@ def safemap(paths: list[str], **options: Any) -> Iterator[Get]:
 
 
 @contextmanager
+def safemap_all_threads(paths: list[str]) -> Iterator[Get]:
+    from safemap import DiskMap
+
+    with DiskMap(paths) as disk_map:
+        yield disk_map.__getitem__
+
+
+@contextmanager
 def safemap_mapped(paths: list[str]) -> Iterator[Get]:
     with safemap(paths, mmap=True) as get:
         yield lambda name: touched(get(name))
