@@ -21,6 +21,7 @@ from offload_layers import (
 )
 from offload_layers._budget import Budget
 from offload_layers._placement import GIB
+from offload_layers._timeline import _Memory
 from offload_layers.testing import CountingSource, FakeDevice, residencies
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ DISK: dict[str, Any] = {
     "computation_dtype": torch.float32,
     "computation_device": "cpu",
 }
+HALF_ON_HOST = {"dtype": torch.bfloat16, "device": "cpu"}
 PREPARING = DISK | {"preparing_dtype": torch.float32, "preparing_device": "cpu"}
 X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +65,34 @@ def managed(model: nn.Module, config: dict[str, Any] = DISK, limit_nbytes: int |
 
 def linears() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+
+
+def test_weights_that_wait_in_host_memory_are_told() -> None:
+    at_rest = {f"{role}_{what}": value for role in RESTING for what, value in HALF_ON_HOST.items()}
+    model = managed(linears().bfloat16(), DISK | at_rest)
+    with recording(model) as timeline:
+        model(X)
+    assert {sample.host_nbytes for sample in timeline.samples} == {LAYERS * NBYTES // 2}
+    assert timeline.host_peak_nbytes == LAYERS * NBYTES // 2
+    assert json.loads(json.dumps(timeline.to_dict()))["samples"][-1]["host_nbytes"] == LAYERS * NBYTES // 2
+
+
+def test_host_memory_is_seen_to_fill_and_to_empty() -> None:
+    timeline = Timeline(torch.device("cpu"), None)
+    layers: Any = [Waiting(host_nbytes=0) for _ in range(3)]
+    memory = _Memory(timeline, layers)
+    memory.changed(5, 1)
+    for nbytes in (10, 10, 0):
+        for layer in layers:
+            layer.host_nbytes = nbytes
+            memory.look(layer)
+    assert [sample.host_nbytes for sample in timeline.samples] == [0, 10, 20, 30, 20, 10, 0]
+    assert {(sample.lent_nbytes, sample.resident_nbytes) for sample in timeline.samples} == {(5, 1)}
+
+
+class Waiting:
+    def __init__(self, host_nbytes: int) -> None:
+        self.host_nbytes = host_nbytes
 
 
 @pytest.mark.parametrize("layers", [3, 5, LAYERS + 2])

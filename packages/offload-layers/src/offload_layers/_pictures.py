@@ -44,14 +44,18 @@ def plot_report(report: "Report", path: str | os.PathLike[str]) -> None:
 
 
 def plot_timeline(timeline: "Timeline", path: str | os.PathLike[str]) -> None:
-    """Draw *timeline* into the file *path*: the device's memory over time, and below the calls of layers."""
+    """Draw *timeline* into the file *path*: memory of the device and of the host, and the calls of layers."""
     depth = min(_DEEPEST, 1 + max((interval.depth for interval in timeline.intervals), default=0))
-    figure = _figure.new_figure(10, 4.2 + 0.4 * depth)
-    above, below = figure.subplots(2, sharex=True, height_ratios=[7, 1 + depth])
+    has_host = timeline.host_peak_nbytes > 0
+    figure = _figure.new_figure(10, 4.2 + 0.4 * depth + 1.2 * has_host)
+    heights = [7, *([2] if has_host else []), 1 + depth]
+    above, *between, below = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     unit, per_second = ("s", 1.0) if timeline.duration_s >= 2 else ("ms", 1e3)
     _draw_memory(above, timeline, per_second)
+    for axes in between:
+        _draw_host(axes, timeline, per_second)
     _draw_calls(below, timeline, depth, per_second)
-    for axes in (above, below):
+    for axes in (above, *between, below):
         _figure.tidy(axes)
     below.set_xlim(0, per_second * timeline.duration_s or 1)
     below.set_xlabel(f"time on the host, {unit}", color=_figure.INK)
@@ -132,6 +136,15 @@ def _draw_memory(axes: Any, timeline: "Timeline", per_second: float) -> None:
             timeline.limit_nbytes, color=_figure.INK, linestyle=(0, (5, 3)), linewidth=1.4, label=label
         )
     _figure.bytes_axis(axes, 1.05 * top)
+
+
+def _draw_host(axes: Any, timeline: "Timeline", per_second: float) -> None:
+    times = [per_second * sample.time_s for sample in timeline.samples]
+    waiting = [sample.host_nbytes for sample in timeline.samples]
+    label = f"waiting in host memory, at most {format_size(timeline.host_peak_nbytes)}"
+    axes.fill_between(times, waiting, step="post", color=_figure.COLOURS[Tier.HOST], linewidth=0, label=label)
+    _figure.bytes_axis(axes, 1.05 * timeline.host_peak_nbytes)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
 
 
 def _draw_calls(axes: Any, timeline: "Timeline", depth: int, per_second: float) -> None:

@@ -116,6 +116,13 @@ class Resting:
         return self._tiers.leased_nbytes + sum(staged) + beside
 
     @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory in which the layer's weights wait, none if it computes with them there."""
+        if self.policy.computation.device.type == "cpu" and self.resident:
+            return 0
+        return self._tiers.host_nbytes
+
+    @property
     def between_calls(self) -> list[tuple[Weight, Tensor]]:
         """Each weight, and what holds it while the layer does not compute; on meta if it is on disk."""
         kept = self._kept

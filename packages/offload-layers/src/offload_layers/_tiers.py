@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint, fingerprint
 from offload_layers._device import device_of
+from offload_layers._packed import nbytes
 from offload_layers._placement import Placement
 from offload_layers._source import Source
 from offload_layers._transfer import parameter_like
@@ -53,6 +54,13 @@ class TierStack:
     def leased_nbytes(self) -> int:
         """Bytes of the compute device that the copies take."""
         return sum(tier.lease.nbytes for tier in self._tiers if tier.lease is not None)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory in which weights wait; what the books of the device have is not among them."""
+        there = [p for tier in self._tiers if tier.lease is None for p in tier.parameters]
+        waiting = {id(p): p for p in there if p.device.type == "cpu"}
+        return sum(nbytes(parameter) for parameter in waiting.values())
 
     def push(
         self, placement: Placement, source: Source | None, lease: Lease | None, *, computes_on: torch.device

@@ -22,17 +22,20 @@ from offload_layers._residency import Residency
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The books of the device after one change.
+    """What holds weights after one change.
 
     Attributes:
         time_s: Seconds since the recording began.
-        lent_nbytes: Bytes that layers hold.
+        lent_nbytes: Bytes of the device that layers hold, those of other models in this process included.
         resident_nbytes: Of these, the bytes of those that stay between calls.
+        host_nbytes: Bytes of host memory in which weights of this model wait, as last seen: at each call of a
+            layer, and at the end.
     """
 
     time_s: float
     lent_nbytes: int
     resident_nbytes: int
+    host_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Timeline:
     Attributes:
         device: Where the layers compute.
         limit_nbytes: Bytes that may be in use there; None: no limit.
-        samples: The bytes held there, after each change, by all models of this process.
+        samples: The bytes held there and in host memory, after each change.
         intervals: The calls of the layers of this model, in the order in which they ended.
     """
 
@@ -76,6 +79,11 @@ class Timeline:
     def peak_nbytes(self) -> int:
         """The most that layers held at once."""
         return max((sample.lent_nbytes for sample in self.samples), default=0)
+
+    @property
+    def host_peak_nbytes(self) -> int:
+        """The most that waited in host memory at once."""
+        return max((sample.host_nbytes for sample in self.samples), default=0)
 
     @property
     def duration_s(self) -> float:
@@ -97,7 +105,7 @@ class Timeline:
         }
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the memory of the device and the calls over time into a file.
+        """Draw the memory of the device and of the host, and the calls, over time into a file.
 
         Raises:
             ConfigError: matplotlib is missing; the extra ``offload-layers[plot]`` has it.
@@ -118,27 +126,55 @@ def recording(model: nn.Module) -> Iterator[Timeline]:
     budget = budget_of_layers(model, layers)
     limits = [layer.limit for layer in layers if layer.limit is not None]
     timeline = Timeline(budget.device, max(limits, default=None))
-    calls = _Calls(timeline)
-
-    def changed(lent_nbytes: int, resident_nbytes: int) -> None:
-        timeline.samples.append(Sample(perf_counter() - calls.start, lent_nbytes, resident_nbytes))
-
+    memory = _Memory(timeline, layers)
+    calls = _Calls(timeline, memory)
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, AutoTorchModule) and module._owner().weights:
                 watched = functools.partial(calls.watch, module._owner())
                 stack.enter_context(around_forward(module, watched))
-        calls.start = perf_counter()
-        with budget.telling(changed):
+        calls.start = memory.start = perf_counter()
+        with budget.telling(memory.changed):
             yield timeline
+            for layer in layers:
+                memory.look(layer)
+
+
+class _Memory:
+    """Writes down what the budget tells of the device, and what layers hold in host memory."""
+
+    def __init__(self, timeline: Timeline, layers: list[Residency]) -> None:
+        self.start = 0.0
+        self._samples = timeline.samples
+        self._host = {layer: layer.host_nbytes for layer in layers}
+        self._host_nbytes = sum(self._host.values())
+        self._device = (0, 0)
+        self._lock = threading.Lock()
+
+    def changed(self, lent_nbytes: int, resident_nbytes: int) -> None:
+        with self._lock:
+            self._device = lent_nbytes, resident_nbytes
+            self._write()
+
+    def look(self, layer: Residency) -> None:
+        nbytes = layer.host_nbytes
+        if nbytes != self._host[layer]:
+            with self._lock:
+                self._host_nbytes += nbytes - self._host[layer]
+                self._host[layer] = nbytes
+                self._write()
+
+    def _write(self) -> None:
+        self._samples.append(Sample(perf_counter() - self.start, *self._device, self._host_nbytes))
 
 
 class _Calls:
     """Writes down the calls of layers."""
 
-    def __init__(self, timeline: Timeline) -> None:
+    def __init__(self, timeline: Timeline, memory: _Memory) -> None:
         self.start = 0.0
         self._timeline = timeline
+        self._memory = memory
         self._local = threading.local()
 
     def watch(self, layer: Residency, forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -150,6 +186,7 @@ class _Calls:
         finally:
             end = perf_counter()
             self._local.depth = depth
+            self._memory.look(layer)
             interval = Interval(
                 name=layer.name,
                 begin_s=begin - self.start,
