@@ -47,6 +47,25 @@ def test_peaks() -> None:
     assert make(vram=40 * GB).peak_device_nbytes == 20 * GB
 
 
+def test_a_cpu_holds_one_layer_beside_those_that_stay_if_nothing_is_fetched_ahead() -> None:
+    ahead, alone = (make(device=CPU, ram=8 * GB, fetches_ahead=ahead) for ahead in (True, False))
+    assert counts(ahead) == counts(alone)
+    assert ahead.peak_device_nbytes == 8 * GB  # the limit cuts the third that passes
+    assert alone.peak_device_nbytes == alone.nbytes_on(Tier.DEVICE) + GB // 2 < 8 * GB
+    assert alone.with_more(ram=GB).fetches_ahead is False
+
+
+def test_whether_layers_are_fetched_ahead_is_known_from_the_source() -> None:
+    class Asking(dict[str, Any]):
+        def prefetch(self, names: Any) -> None: ...
+
+    state = nn.Linear(8, 8).state_dict()
+    for source, ahead in ((state, True), (Asking(state), False)):
+        given = plan(nn.Linear(8, 8), device="cpu", ram="1GB", source=source, rates=RATES)
+        assert given.fetches_ahead is ahead
+        assert plan(source, device="cpu", ram="1GB", rates=RATES).fetches_ahead is ahead
+
+
 def test_others_on_the_device_count() -> None:
     assert counts(make(foreign_nbytes=2 * GB)) == (10, 30, 0)
     with pytest.raises(ConfigError, match=r"of which 7\.8 GB are taken by others\. Give at least 8\.3 GB"):

@@ -32,7 +32,7 @@ from offload_layers._replace import disable_vram_management
 from offload_layers._report import report
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
-from offload_layers._source import Source, check_source, with_ties
+from offload_layers._source import Source, check_source, offered, with_ties
 from offload_layers._state import State
 from offload_layers._tier import Tier
 from offload_layers._verify import Verification, verify
@@ -175,7 +175,8 @@ def offload(
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
     sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
-    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates)
+    ahead = _fetches_ahead(target, checked)
+    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead)
 
     schedule = Schedule()
     computation = Placement(target, dtype)
@@ -234,10 +235,13 @@ def plan(
     target = parse_device(device)
     _check_dtypes(dtype, storage_dtype)
     file = None
+    ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
         given = check_source(source)
+        ahead = _fetches_ahead(target, given)
         sizes = [size_of(layer, given, dtype, storage_dtype) for layer in _find(model)]
     elif isinstance(model, Mapping):
+        ahead = _fetches_ahead(target, model)
         sizes = sizes_of_mapping(model, dtype, storage_dtype)
     else:
         files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
@@ -245,7 +249,12 @@ def plan(
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
-    return _plan(sizes, target, vram, ram, rows=rows, rates=rates)
+    return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead)
+
+
+def _fetches_ahead(device: torch.device, source: Source | None) -> bool:
+    """Say whether layers are fetched while others compute; see ``Residency.only_asks_ahead``."""
+    return device.type != "cpu" or offered(source, "prefetch") is None
 
 
 def _computed_in(sizes: list[LayerSize]) -> torch.dtype:
@@ -256,13 +265,27 @@ def _computed_in(sizes: list[LayerSize]) -> torch.dtype:
 
 
 def _plan(
-    sizes: list[LayerSize], device: torch.device, vram: Size, ram: Size, *, rows: int, rates: Rates | None
+    sizes: list[LayerSize],
+    device: torch.device,
+    vram: Size,
+    ram: Size,
+    *,
+    rows: int,
+    rates: Rates | None,
+    fetches_ahead: bool,
 ) -> Plan:
     host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
     limit = _vram(vram, device, host)
     foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
     return make_plan(
-        sizes, device=device, vram=limit, ram=host, rows=rows, rates=rates, foreign_nbytes=foreign
+        sizes,
+        device=device,
+        vram=limit,
+        ram=host,
+        rows=rows,
+        rates=rates,
+        foreign_nbytes=foreign,
+        fetches_ahead=fetches_ahead,
     )
 
 

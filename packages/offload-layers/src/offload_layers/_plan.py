@@ -7,7 +7,9 @@ device's memory is given to the layers that hide least behind computation, then 
 Note [Peaks]
     A forward holds, beside the residents, the layer that computes and those that are fetched ahead, at most
     ``PASSING`` of the largest; what stays leaves room for ``IN_FLIGHT`` of them, and the limit bounds all. On
-    the host there are the weights that stay there, one layer on its way from disk, and the page-locked ring.
+    a CPU nothing is fetched ahead if the source brings weights closer by itself: there it is the computing
+    layer alone. On the host there are the weights that stay there, one layer on its way from disk, and the
+    page-locked ring.
 """
 
 import dataclasses
@@ -105,6 +107,7 @@ class Plan:
             them has no weights and is left out.
         rates: Of this machine; None: no prediction of times.
         foreign_nbytes: Bytes of the device that are taken by others.
+        fetches_ahead: Whether copies of the layers that come next are made while a layer computes.
     """
 
     device: torch.device
@@ -114,6 +117,7 @@ class Plan:
     rows: int
     rates: Rates | None
     foreign_nbytes: int = 0
+    fetches_ahead: bool = True
 
     def nbytes_on(self, tier: Tier) -> int:
         """Return the bytes of the weights that stay on *tier*."""
@@ -128,7 +132,7 @@ class Plan:
     def peak_device_nbytes(self) -> int:
         """Most bytes of weights on the device at once; see Note [Peaks]."""
         moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
-        passing = sum(sorted(moving)[-PASSING:])
+        passing = sum(sorted(moving)[-PASSING if self.fetches_ahead else -1 :])
         room = self.vram - self.foreign_nbytes
         return min(self.nbytes_on(Tier.DEVICE) + passing, max(room, max(moving, default=0)))
 
@@ -171,6 +175,7 @@ class Plan:
             rows=self.rows,
             rates=self.rates,
             foreign_nbytes=self.foreign_nbytes,
+            fetches_ahead=self.fetches_ahead,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,6 +249,7 @@ def make_plan(
     rows: int,
     rates: Rates | None,
     foreign_nbytes: int = 0,
+    fetches_ahead: bool = True,
 ) -> Plan:
     """Give each layer a tier.
 
@@ -275,7 +281,7 @@ def make_plan(
         Tier.DEVICE if i in on_device else Tier.HOST if i in on_host else Tier.DISK for i in range(len(sizes))
     ]
     layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
-    return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes)
+    return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead)
 
 
 def _check_host(sizes: Sequence[LayerSize], device: torch.device, ram: int) -> None:

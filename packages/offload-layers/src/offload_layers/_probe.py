@@ -5,6 +5,7 @@ does: a matrix product as wide as a transformer's layer, with many rows; a pass 
 memory than caches hold; a copy to the device from page-locked memory; and reading pieces of a checkpoint.
 """
 
+import itertools
 import logging
 import math
 import statistics
@@ -88,20 +89,23 @@ def _bus(device: torch.device, seconds: float) -> float:
 
 def _flops(device: torch.device, dtype: torch.dtype, rows: int | None, seconds: float) -> float:
     multiply, wait = _multiplication(dtype), _waiting(device)
-    x = _matrix(_FEWEST_ROWS if rows is None else max(1, min(rows, _MOST_ROWS)), device)
-    weight = _matrix(_WIDTH, device).to(dtype)
+    most = _MOST_ROWS if rows is None else max(1, min(rows, _MOST_ROWS))
+    x, weight = _matrix(min(_FEWEST_ROWS, most), device), _matrix(_WIDTH, device).to(dtype)
+    # several, that a model's layers find nothing in the caches either
+    copies = range(math.ceil(_MEMORY_BYTES / weight.numel() / weight.element_size()))
+    weights = itertools.cycle([weight, *(weight.clone() for _ in copies[1:])])
     x = x.to(torch.bfloat16 if dtype in FP8 else dtype)
 
     def product() -> Tensor:
-        return multiply(x, weight, None)
+        return multiply(x, next(weights), None)
 
     try:
         product()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{device} cannot multiply matrices of {dtype}: {reason}") from error
-    while rows is None and len(x) < _MOST_ROWS and _seconds(product, wait) < _ROUND_S:
-        x = torch.cat([x, x])
+    while len(x) < most and _seconds(product, wait) < _ROUND_S:  # more rows would not be faster
+        x = torch.cat([x, x])[:most]
     return _rate(2.0 * len(x) * _WIDTH * _WIDTH, product, device, seconds)
 
 
