@@ -24,11 +24,13 @@ class Kernel:
         self.now = 0.0
         self.kind = 0
         self.steps: list[tuple[int, int, int]] = []
+        self.advised: list[int] = []
         self.fails_with = 0
 
     def __call__(self, address: int, length: int, advice: int) -> int:
         if advice != POPULATE:
             self.kind = advice
+            self.advised.append(advice)
             return 0
         if self.fails_with:
             ctypes.set_errno(self.fails_with)
@@ -61,7 +63,7 @@ def test_the_faster_kind_of_page_is_used_and_the_other_tried_again(
     assert 1 <= kinds[2:].count(slower) <= len(kinds) // 32
     kernel.seconds = {faster: 3e-9, slower: 2e-9}  # the machine has changed
     touch(memory, 0, len(memory))
-    assert kernel.steps[-1][2] == slower
+    assert [kind for _, _, kind in kernel.steps[-100:]].count(slower) > 90  # but for trying the other
 
 
 def test_every_byte_once_and_steps_end_where_huge_pages_do(install: Callable[[Kernel], FirstTouch]) -> None:
@@ -77,7 +79,9 @@ def test_every_byte_once_and_steps_end_where_huge_pages_do(install: Callable[[Ke
     assert position == base + 33 * MIB + 1
 
 
-def test_an_older_kernel_is_asked_once(install: Callable[[Kernel], FirstTouch]) -> None:
+def test_an_older_kernel_is_asked_once_and_then_for_huge_pages_only(
+    install: Callable[[Kernel], FirstTouch],
+) -> None:
     kernel = Kernel({})
     kernel.fails_with = errno.EINVAL
     touch, memory = install(kernel), mmap.mmap(-1, 4 * MIB)
@@ -85,6 +89,7 @@ def test_an_older_kernel_is_asked_once(install: Callable[[Kernel], FirstTouch]) 
     kernel.fails_with, kernel.seconds = 0, {HUGE: 1.0, SMALL: 1.0}
     touch(memory, 0, len(memory))
     assert not kernel.steps
+    assert set(kernel.advised) == {HUGE}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -334,9 +334,8 @@ class Resting:
                     layer=self.name,
                     doing="bringing the weights of",
                 )
-            if placement == self.policy.computation:
-                self._device.synchronize()  # see Note [Any stream may compute]
             if placement.device == self.policy.computation.device:
+                self._device.synchronize()  # see Note [Any stream may compute]
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
         except BaseException:
             if lease is not None:

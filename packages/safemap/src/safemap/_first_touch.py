@@ -30,6 +30,7 @@ class FirstTouch:
 
     def __init__(self) -> None:
         self._madvise = find_madvise()
+        self._can_populate = True
         self._costs: dict[int, float] = {}  # kind of page -> seconds a byte, of late
         self._steps = itertools.count(1)
 
@@ -48,9 +49,11 @@ class FirstTouch:
         begin, end = step
         kind, start = self._kind(), perf_counter()
         self._madvise(begin, end - begin, kind)
+        if not self._can_populate:
+            return
         if self._madvise(begin, end - begin, _POPULATE_WRITE):
-            if ctypes.get_errno() == errno.EINVAL:  # an older kernel
-                self._madvise = None
+            if ctypes.get_errno() == errno.EINVAL:  # an older kernel, where huge pages are worth asking for
+                self._can_populate = False
             return  # the pages come, or the lack of them is felt, when they are written
         if end - begin >= _HUGE_PAGE:
             cost = (perf_counter() - start) / (end - begin)
