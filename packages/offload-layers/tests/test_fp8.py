@@ -131,7 +131,7 @@ def test_layers_stored_in_fp8_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(tensor.dtype)
         return upcast(tensor, dtype)
 
-    monkeypatch.setattr("offload_layers._transfer.upcast", counting)
+    monkeypatch.setattr("offload_layers._device.upcast", counting)
     linear = nn.Linear(1024, 512).requires_grad_(False)
     rounded = linear.weight.to(torch.float8_e4m3fn).float()
     bias = linear.bias.to(torch.float8_e4m3fn).float()

@@ -1,6 +1,6 @@
 """Copies beside the computation, on a device whose clock is only counted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -46,11 +46,31 @@ def plain(device: FakeDevice, seconds: list[float], also: int = 0) -> nn.Sequent
     return nn.Sequential(*(Layer(device, s, also) for s in seconds))
 
 
+class Filling(CountingSource):
+    """A source that also writes into memory which it is given."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.filled: list[str] = []
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        if name in self.failing:
+            out.fill_(float("nan"))
+            raise OSError(f"{name}: the disk is gone")
+        out.copy_(self._tensors[name])
+        self.filled.append(name)
+
+
 def managed(
-    device: FakeDevice, seconds: list[float], config: dict[str, Any], limit: float | None, also: int = 0
+    device: FakeDevice,
+    seconds: list[float],
+    config: dict[str, Any],
+    limit: float | None,
+    also: int = 0,
+    source: CountingSource | None = None,
 ) -> Any:
     model = plain(device, seconds, also)
-    source = CountingSource(model.state_dict())
+    source = source or CountingSource(model.state_dict())
     enable_vram_management(model, {Layer: AutoWrappedModule}, config, limit, source)
     budget = Budget(torch.device("cpu"))  # that no other model of this process shares
     for layer in model:
@@ -166,3 +186,51 @@ def test_memory_that_is_too_small_for_one_layer() -> None:
         model = managed(device, [COPY_S], DISK, None)
         with pytest.raises(BudgetExceededError, match=r'bringing the weights of layer "0".*4000 bytes asked'):
             model(X)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_weights_are_read_to_where_they_cross_from(device: FakeDevice, stored: torch.dtype) -> None:
+    seconds = [COPY_S] * LAYERS
+    model = plain(device, seconds)
+    source = Filling({name: tensor.to(stored) for name, tensor in model.state_dict().items()})
+    model.load_state_dict({name: tensor.float() for name, tensor in source.items()})
+    right = model(X)
+    model = managed(device, seconds, DISK, None, source=source)
+    source.reads.clear()
+    assert torch.equal(model(X), right)
+    assert source.filled == []  # in which dtype the source gives a weight is not known before it did
+    before = device.copied_nbytes
+    for _ in range(2):
+        assert torch.equal(model(X), right)
+    model[0]._owner().schedule.prefetcher.settle()  # it is ahead already: in the next forward
+    assert source.filled[: 2 * LAYERS] == [f"{i}.weight" for i in range(LAYERS)] * 2
+    assert source.reads == [f"{i}.weight" for i in range(LAYERS)]
+    # as they are stored, not as they are computed with
+    assert device.copied_nbytes - before == len(source.filled) * 1000 * stored.itemsize
+
+
+def test_a_disk_that_fails_while_it_fills(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    source = Filling(plain(device, seconds).state_dict())
+    model = managed(device, seconds, DISK, None, source=source)
+    model(X)
+    source.failing.add("5.weight")
+    with pytest.raises(OSError, match=r"5\.weight: the disk is gone"):
+        model(X)
+    source.failing.clear()
+    assert torch.equal(model(X), expected(seconds))
+
+
+def test_tied_weights_are_filled_under_the_name_that_is_stored(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    model = plain(device, seconds)
+    model[3].weight = model[1].weight
+    stored = model.state_dict()
+    del stored["3.weight"]
+    source = Filling(stored)
+    right = model(X)
+    enable_vram_management(model, {Layer: AutoWrappedModule}, DISK, None, source)
+    for _ in range(3):
+        assert torch.equal(model(X), right)
+    assert "3.weight" not in source.filled
+    assert "1.weight" in source.filled

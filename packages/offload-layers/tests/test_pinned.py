@@ -1,13 +1,14 @@
-"""Page-locked slabs: packed, given back, and done without where there are none."""
+"""Page-locked memory: packed slabs, a ring to cross by, and what happens where there is none."""
 
 import itertools
 import logging
+import threading
 import weakref
 
 import pytest
 import torch
 from offload_layers import _pinned
-from offload_layers._pinned import SLAB, PinnedSlabs
+from offload_layers._pinned import SLAB, PinnedRing, PinnedSlabs
 from torch import Tensor, nn
 
 
@@ -92,3 +93,157 @@ def test_short_memory_is_left_to_others(
     tensor = torch.ones(3)
     assert slabs.lock(tensor) is tensor
     assert driver.slabs == []
+
+
+class Event:
+    """What the engine passes; that somebody waited for it is written down."""
+
+    log: list[str]
+
+    def record(self, stream: object) -> None:
+        self.log.append("sent")
+
+    def synchronize(self) -> None:
+        self.log.append("waited")
+
+
+class Engine:
+    """As much of ``torch.cuda`` as the ring uses; copies are done at once."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.Event = type("Event", (Event,), {"log": self.log})
+
+    def current_stream(self, device: torch.device) -> None:
+        return None
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def ring(engine: Engine, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> PinnedRing:
+    monkeypatch.setattr(_pinned, "CHUNK", 64)
+    monkeypatch.setattr(_pinned, "LARGEST", 1024)
+    monkeypatch.setattr(_pinned, "available_ram", lambda: 1 << 20)
+    return PinnedRing(engine, torch.device("cpu"), driver)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 128, 1000])
+def test_a_tensor_crosses_in_pieces(ring: PinnedRing, driver: Driver, numel: int) -> None:
+    tensor = torch.arange(numel, dtype=torch.uint8)
+    assert torch.equal(ring.upload(tensor), tensor)
+    assert len(driver.slabs) == min(2, -(-numel // 64))
+
+
+def test_strides_dtypes_and_gradients_do_not_matter(ring: PinnedRing) -> None:
+    for tensor in (
+        torch.randn(5, 7).T,
+        torch.tensor(3),
+        torch.randn(9, requires_grad=True),
+        torch.ones(3) > 0,
+    ):
+        there = ring.upload(tensor)
+        assert (there.dtype, there.shape, there.requires_grad) == (tensor.dtype, tensor.shape, False)
+        assert torch.equal(there, tensor)
+        assert there.data_ptr() != tensor.data_ptr()
+
+
+def test_what_is_read_from_disk_needs_no_copy(ring: PinnedRing) -> None:
+    given: list[Tensor] = []
+
+    def fill(out: Tensor) -> None:
+        given.append(out)
+        out.copy_(torch.arange(12.0).view(3, 4))
+
+    there = ring.receive((3, 4), torch.float32, fill)
+    assert there is not None
+    assert (given[0].dtype, given[0].shape) == (torch.float32, (3, 4))
+    given[0].zero_()  # the next one's
+    assert torch.equal(there, torch.arange(12.0).view(3, 4))
+
+
+def test_a_buffer_is_filled_again_when_the_engine_has_emptied_it(ring: PinnedRing, engine: Engine) -> None:
+    for number in range(4):
+        ring.receive((1,), torch.uint8, lambda out, n=number: engine.log.append(f"filled {n}"))  # type: ignore[misc]
+    assert engine.log == [
+        "filled 0", "sent", "filled 1", "sent", "waited", "filled 2", "sent", "waited", "filled 3", "sent"
+    ]  # fmt: skip
+
+
+def test_two_threads_fill_at_once_and_a_third_waits(ring: PinnedRing) -> None:
+    together, may_end = threading.Barrier(3), threading.Event()
+
+    def fill(out: Tensor) -> None:
+        together.wait(10)
+        may_end.wait(10)
+        out.fill_(7)
+
+    results: list[Tensor | None] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(ring.receive((8,), torch.uint8, fill)))
+        for _ in range(2)
+    ]
+    third = threading.Thread(target=lambda: results.append(ring.upload(torch.full((8,), 7).byte())))
+    for thread in threads:
+        thread.start()
+    together.wait(10)
+    third.start()
+    third.join(0.05)
+    assert third.is_alive()
+    may_end.set()
+    for thread in (*threads, third):
+        thread.join(10)
+    assert len(results) == 3
+    assert all(torch.equal(r, torch.full((8,), 7).byte()) for r in results if r is not None)
+
+
+def test_a_disk_that_fails_takes_no_buffer_with_it(ring: PinnedRing) -> None:
+    def fail(out: Tensor) -> None:
+        raise OSError("the disk is gone")
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="the disk is gone"):
+            ring.receive((8,), torch.uint8, fail)
+    assert torch.equal(ring.upload(torch.arange(200).byte()), torch.arange(200).byte())
+
+
+def test_buffers_grow_to_the_largest_tensor(ring: PinnedRing, driver: Driver) -> None:
+    for nbytes in (3, 100, 100, 300, 300, 5):
+        there = ring.receive((nbytes,), torch.uint8, lambda out: out.fill_(1))
+        assert there is not None
+        assert there.sum() == nbytes
+    alive = [slab() for slab in driver.slabs]
+    assert sorted(len(slab) for slab in alive if slab is not None) == [512, 512]
+
+
+def test_a_tensor_beyond_all_buffers_is_read_otherwise(
+    ring: PinnedRing, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(out: Tensor) -> None:
+        raise AssertionError("not to be called")
+
+    assert ring.receive((1025,), torch.uint8, fill) is None
+    assert ring.receive((0,), torch.uint8, fill) is None
+    monkeypatch.setattr(_pinned, "available_ram", lambda: 2 * 128 - 1)
+    assert ring.receive((100,), torch.uint8, fill) is None
+    assert driver.slabs == []
+    assert ring.receive((64,), torch.uint8, lambda out: out.fill_(1)) is not None
+
+
+def test_without_page_locked_memory_copies_are_plain(
+    ring: PinnedRing, driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.refuses = True
+    tensor = torch.arange(200).byte()
+    with caplog.at_level(logging.WARNING, "offload_layers.transfer"):
+        for _ in range(2):
+            assert torch.equal(ring.upload(tensor), tensor)
+            assert ring.receive((8,), torch.uint8, lambda out: out.fill_(1)) is None
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the driver gives no page-locked memory (out of page-locked memory); copies to cpu are slower and "
+        "make the host wait. Raise the limit of locked memory (ulimit -l)."
+    )

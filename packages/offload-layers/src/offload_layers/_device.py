@@ -21,13 +21,14 @@ Note [Any stream may compute]
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from offload_layers._fp8 import is_fast, upcast
 from offload_layers._pinned import PinnedRing, PinnedSlabs
 
 #: what torch raises when a device has no memory left; torch before 2.5 has it under CUDA's name only
@@ -55,6 +56,17 @@ class Device(Protocol):
 
     def upload(self, tensor: Tensor) -> Tensor:
         """Return a copy of a host tensor on the device, in its own dtype, made in the current queue."""
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the device in *dtype*, itself if it has it; no gradients flow through it."""
+
+    def receive(
+        self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]
+    ) -> Tensor | None:
+        """Return a tensor on the device of what *fill* writes into a host tensor that it is given.
+
+        None, and *fill* is not called, if there is nothing better than to read and to ``upload``.
+        """
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a host tensor in memory from which it crosses fastest, itself if there is none better."""
@@ -96,6 +108,16 @@ class HostDevice:
     def upload(self, tensor: Tensor) -> Tensor:
         """Return *tensor* itself on a CPU, a copy on a device which has its own name for the same memory."""
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Convert; eight-bit floats in the fastest way."""
+        return upcast(tensor, dtype) if is_fast(tensor, dtype) else tensor.to(dtype)
+
+    def receive(
+        self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]
+    ) -> Tensor | None:
+        """Return None: sources know best how to read into host memory."""
+        return None
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return *tensor*: it does not cross anything."""
@@ -157,6 +179,16 @@ class Accelerator:
             return tensor.to(self._device, non_blocking=True)
         return self._ring.upload(tensor)
 
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Convert in the current queue."""
+        return tensor.to(dtype)
+
+    def receive(
+        self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]
+    ) -> Tensor | None:
+        """Let *fill* write into page-locked memory, from where the bytes cross."""
+        return self._ring.receive(shape, dtype, fill) if self._has_streams else None
+
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a copy in page-locked memory while there is some."""
         return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
@@ -200,6 +232,31 @@ class Accelerator:
         """Wait for all streams."""
         if hasattr(self._module, "synchronize"):
             self._module.synchronize(self._device)
+
+
+def default_device() -> torch.device:
+    """Return the first accelerator of this machine, or the CPU if it has none that torch can use."""
+    accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
+    if accelerator is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not accelerator.is_available():
+        return torch.device("cpu")
+    kind = accelerator.current_accelerator().type
+    return torch.device(kind) if kind == "mps" else torch.device(kind, 0)
+
+
+def describe(device: torch.device) -> str:
+    """Return what is known of *device*, for messages: its name and what it can do."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if module is None or not module.is_available():
+        return str(device)
+    parts = [str(device)]
+    if hasattr(module, "get_device_name"):
+        parts.append(module.get_device_name(device))
+    capability = module.get_device_capability(device) if hasattr(module, "get_device_capability") else None
+    if isinstance(capability, tuple):  # Intel's is a long dict
+        parts.append(f"compute capability {'.'.join(map(str, capability))}")
+    return ", ".join(parts)
 
 
 _DEVICES: dict[torch.device, Device] = {}

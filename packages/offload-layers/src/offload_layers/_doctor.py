@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from offload_layers._advice import Advice, advice
+from offload_layers._device import default_device
 from offload_layers._facts import Facts, gather
 from offload_layers._sizes import format_size
 
@@ -16,16 +17,14 @@ def doctor(device: torch.device | None = None, *, file: str | None = None, is_js
     """Measure for about a second, and return the findings.
 
     Args:
-        device: Where models are to compute; None: the first CUDA device, or the CPU if there is none.
+        device: Where models are to compute; None: the first accelerator, or the CPU if there is none.
         file: A checkpoint, to measure the disk it is on.
         is_json: Return one JSON object, with sizes in bytes, instead of text for people.
 
     Raises:
         ConfigError: the device is not there, or the file cannot be read.
     """
-    if device is None:
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    facts = gather(device, file=file)
+    facts = gather(device or default_device(), file=file)
     missing = advice(facts)
     return json.dumps(as_json(facts, missing), indent=2) if is_json else "\n".join(as_text(facts, missing))
 

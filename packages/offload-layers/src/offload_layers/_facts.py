@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from offload_layers import _cgroup, _fp8_matmul, _machine
+from offload_layers._device import default_device
 from offload_layers._errors import ConfigError
 from offload_layers._pinned import CHUNK
 from offload_layers._probe import probe
@@ -97,7 +98,7 @@ def gather(
         driver=_driver(device, root),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda or torch.version.hip,
-        has_unused_gpu=not torch.cuda.is_available()
+        has_unused_gpu=default_device().type == "cpu"
         and any((root / path).exists() for path in (_DRIVER, _DRIVER_IN_WSL)),
         device_total_bytes=total,
         device_free_bytes=free,

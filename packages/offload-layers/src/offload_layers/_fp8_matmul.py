@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_layers._device import describe
 from offload_layers._errors import ConfigError
 from offload_layers._fp8 import FP8
 from offload_layers._placement import Placement
@@ -104,7 +105,7 @@ def check_multiplies(module: nn.Linear, computation: Placement) -> None:
     if reason is not None:
         raise ConfigError(
             f"computation_dtype {_short(dtype)} needs a device that multiplies eight-bit floats (CUDA: "
-            f"compute capability 8.9 or more); this is {_describe(computation.device)}, where torch says: "
+            f"compute capability 8.9 or more); this is {describe(computation.device)}, where torch says: "
             f"{reason} Set computation_dtype=torch.bfloat16"
         )
 
@@ -119,13 +120,6 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # of whatever kind: a missing kernel, a driver, a device that is not there
         return str(error).partition("\n")[0].rstrip(".") + "."
     return None
-
-
-def _describe(device: torch.device) -> str:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return str(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{device}, {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
 
 
 def _short(dtype: torch.dtype | None) -> str:

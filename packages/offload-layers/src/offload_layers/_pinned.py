@@ -7,8 +7,11 @@ fills one while the engine empties the other. It holds ``2 * CHUNK`` bytes, what
 """
 
 import logging
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,7 +24,8 @@ _log = logging.getLogger("offload_layers.transfer")
 
 #: bytes of one buffer: long enough to keep the bus busy, short enough that the first piece leaves soon
 CHUNK = 32 << 20
-
+#: bytes of the largest tensor that is read from disk into one buffer, which then has as many
+LARGEST = 1 << 30
 
 #: bytes of one slab: torch gives page-locked memory in powers of two, a tensor alone would waste up to half
 SLAB = 256 << 20
@@ -36,7 +40,7 @@ class PinnedSlabs:
 
     def __init__(self, allocate: Callable[[int], Tensor] | None = None) -> None:
         """Take slabs from *allocate*, which returns so many bytes and raises what torch would."""
-        self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+        self._allocate = allocate or _page_locked
         self._lock = threading.Lock()
         self._slab: Tensor | None = None
         self._used = 0
@@ -76,54 +80,115 @@ class PinnedSlabs:
             return None
 
 
+def _page_locked(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
 def _reason(error: Exception) -> str:
     return f"the driver gives no page-locked memory ({str(error).splitlines()[0]})"
 
 
-class PinnedRing:
-    """Two page-locked buffers of one device; threads take turns."""
+class _Buffer:
+    """Page-locked memory for what is on its way to the device."""
 
-    def __init__(self, module: Any, device: torch.device) -> None:
-        self._module = module  # torch.cuda, torch.xpu ...
+    __slots__ = ("emptied", "memory")
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.emptied: Any = None  # event: the engine has read what was in it
+
+
+class PinnedRing:
+    """Two page-locked buffers of one device, which threads borrow in turn.
+
+    While the engine empties one, the next bytes are put into the other: copied from a host tensor, or read
+    from disk right away.
+    """
+
+    def __init__(
+        self, module: Any, device: torch.device, allocate: Callable[[int], Tensor] | None = None
+    ) -> None:
+        """Serve *device*, of which *module* (``torch.cuda``, ``torch.xpu``) has the streams and events."""
+        self._module = module
         self._device = device
-        self._lock = threading.Lock()
-        self._buffers: list[Tensor] | None = None
-        self._emptied: list[Any] = [None, None]  # events: the engine has read the buffer
-        self._turn = 0
+        self._allocate = allocate or _page_locked
+        self._free: SimpleQueue[_Buffer] = SimpleQueue()
+        for _ in range(2):
+            self._free.put(_Buffer())
         self._is_refused = False
 
     def upload(self, tensor: Tensor) -> Tensor:
         """Return a copy of *tensor* on the device, which the current stream has when it gets there."""
-        buffers = self._get_buffers()
-        if buffers is None or not tensor.numel():
+        if self._is_refused or not tensor.numel():
             return tensor.to(self._device)
         source = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        flat = target.view(-1).view(torch.uint8)
+        target, flat = self._target(tensor.shape, tensor.dtype)
         for start in range(0, len(source), CHUNK):
             piece = source[start : start + CHUNK]
-            with self._lock:
-                turn, self._turn = self._turn, 1 - self._turn
-                if self._emptied[turn] is not None:
-                    self._emptied[turn].synchronize()
-                buffer = buffers[turn][: len(piece)]
-                buffer.copy_(piece)
-                flat[start : start + CHUNK].copy_(buffer, non_blocking=True)
-                event = self._emptied[turn] = self._module.Event()
-                event.record(self._module.current_stream(self._device))
+            with self._lent(CHUNK) as buffer:
+                if buffer is None:
+                    return tensor.to(self._device)
+                self._send(buffer, buffer.memory[: len(piece)].copy_(piece), flat[start : start + CHUNK])
         return target
 
-    def _get_buffers(self) -> list[Tensor] | None:
-        with self._lock:
-            if self._buffers is None and not self._is_refused:
-                try:
-                    self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-                except RuntimeError as error:  # the system limits how much may be page-locked
-                    self._is_refused = True
-                    _log.warning(
-                        "%s; copies to %s are slower and make the host wait. Raise the limit of locked "
-                        "memory (ulimit -l).",
-                        _reason(error),
-                        self._device,
-                    )
-            return self._buffers
+    def receive(
+        self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]
+    ) -> Tensor | None:
+        """Return a device tensor of what *fill* writes into the host tensor that it is given.
+
+        None, and *fill* is not called, if there is no page-locked memory of that size.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._is_refused or not 0 < nbytes <= LARGEST:
+            return None
+        with self._lent(nbytes) as buffer:
+            if buffer is None:
+                return None
+            filled = buffer.memory[:nbytes]
+            fill(filled.view(dtype).view(shape))
+            target, flat = self._target(shape, dtype)
+            self._send(buffer, filled, flat)
+        return target
+
+    def _target(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return memory on the device, and its bytes."""
+        target = torch.empty(shape, dtype=dtype, device=self._device)
+        return target, target.view(-1).view(torch.uint8)
+
+    def _send(self, buffer: _Buffer, filled: Tensor, target: Tensor) -> None:
+        target.copy_(filled, non_blocking=True)
+        event = buffer.emptied = self._module.Event()
+        event.record(self._module.current_stream(self._device))
+
+    @contextmanager
+    def _lent(self, nbytes: int) -> Iterator[_Buffer | None]:
+        """Lend a buffer of at least *nbytes* which the engine has emptied, or None if there is none."""
+        buffer = self._free.get()
+        try:
+            if buffer.emptied is not None:
+                buffer.emptied.synchronize()
+            has_room = len(buffer.memory) >= nbytes or self._grow(buffer, nbytes)
+            yield buffer if has_room else None
+        finally:
+            self._free.put(buffer)
+
+    def _grow(self, buffer: _Buffer, nbytes: int) -> bool:
+        """Give *buffer* memory for *nbytes*, and say whether that was possible."""
+        size = max(CHUNK, 1 << (nbytes - 1).bit_length())  # what torch would make of it anyway
+        try:
+            if size > CHUNK and available_ram() < 2 * size:
+                return False
+            buffer.memory = self._allocate(size)
+        except ConfigError:  # the system does not tell how much there is
+            return False
+        except RuntimeError as error:  # the system limits how much may be page-locked
+            if size == CHUNK and not self._is_refused:
+                self._is_refused = True
+                _log.warning(
+                    "%s; copies to %s are slower and make the host wait. Raise the limit of locked memory "
+                    "(ulimit -l).",
+                    _reason(error),
+                    self._device,
+                )
+            return False
+        return True

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from offload_layers._device import default_device
 from offload_layers._errors import ConfigError
 from offload_layers._offload import plan
 
@@ -19,7 +20,7 @@ def add_plan(commands: Any) -> None:
         "forward would take. Nothing is loaded.",
     )
     parser.add_argument("files", nargs="+", help="safetensors files, or folders of them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(default_device()))
     parser.add_argument("--vram", default="auto", help='memory of the device, such as "8GB" (default: auto)')
     parser.add_argument("--ram", default="auto", help='memory of the host, such as "16GB" (default: auto)')
     parser.add_argument("--dtype", help="dtype to compute in, such as bfloat16 (default: as stored)")

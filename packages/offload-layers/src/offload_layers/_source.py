@@ -5,6 +5,7 @@ A source may offer more, and is asked for it by name:
 * ``info(name)``, an object with ``dtype`` and ``shape``: a model is then checked against its checkpoint
   before anything is read or changed;
 * ``prefetch(names)``: tensors are brought closer before they are asked for;
+* ``read_into(name, out)``: fills a host tensor, which saves a copy on the way to an accelerator;
 * ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one.
 """
 
@@ -93,11 +94,11 @@ class TiedSource(Mapping[str, Tensor]):
         return name in self._source or name in self._aliases
 
     def __getattr__(self, method: str) -> Any:
-        if method not in ("info", "prefetch", "with_threads"):
+        if method not in ("info", "prefetch", "read_into", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
         offer = getattr(self._source, method)
-        if method == "info":
-            return lambda name: offer(self._aliases.get(name, name))
+        if method in ("info", "read_into"):
+            return lambda name, *more: offer(self._aliases.get(name, name), *more)
         if method == "prefetch":
             return lambda names: offer([self._aliases.get(name, name) for name in names])
         return lambda threads: TiedSource(offer(threads), self._aliases)

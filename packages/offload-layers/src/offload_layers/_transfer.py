@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._device import device_of
-from offload_layers._fp8 import is_fast, upcast
 from offload_layers._placement import Placement
 
 
@@ -23,10 +22,15 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
         tensor = device_of(placement.device).upload(tensor)  # still in the stored dtype
     elif tensor.device != placement.device:
         tensor = tensor.to(placement.device)
+    return cast_there(tensor, placement)
+
+
+def cast_there(tensor: Tensor, placement: Placement) -> Tensor:
+    """Return *tensor*, which is on the placement's device, in its dtype."""
     dtype = placement.dtype_for(tensor.dtype)
-    if is_fast(tensor, dtype):
-        return upcast(tensor, dtype)
-    return tensor.to(dtype)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return tensor.to(dtype)
+    return device_of(tensor.device).cast(tensor, dtype)
 
 
 def parameter_like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:

@@ -10,10 +10,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from offload_layers._device import device_of
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement
-from offload_layers._source import Source, check_shape, stored_dtype
-from offload_layers._transfer import convert, parameter_like
+from offload_layers._source import Source, check_shape, offered, stored_dtype
+from offload_layers._transfer import cast_there, convert, parameter_like
 
 
 class Slot:
@@ -135,8 +136,23 @@ class Weight:
         registered = self.registered
         if placement.holds(registered):
             return registered
+        there = self._receive(placement.device, source) if registered.is_meta else None
+        if there is not None:
+            return parameter_like(registered, cast_there(there, placement))
         values = self.read(source) if registered.is_meta else registered.detach()
         return parameter_like(registered, convert(values, placement))
+
+    def _receive(self, device: torch.device, source: Source | None) -> Tensor | None:
+        """Let the source read to where *device* copies from, if both can: the same values as from `read`.
+
+        In which dtype a source gives a weight is known when it has been read once.
+        """
+        read_into = offered(source, "read_into")
+        if read_into is None or self.as_read is None:
+            return None
+        return device_of(device).receive(
+            self.registered.shape, self.as_read[0], lambda out: read_into(self.name, out)
+        )
 
     def keeps_change_of(self, copy: Tensor) -> bool:
         """Say whether what is changed in a copy of the weight is to be kept when the copy goes."""

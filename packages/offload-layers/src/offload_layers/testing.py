@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -133,16 +133,23 @@ class FakeDevice:
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy in the current queue."""
         with self._lock:
-            if self.nbytes is not None and self.used_nbytes + tensor.nbytes > self.nbytes:
-                raise OutOfMemory(f"{tensor.nbytes} bytes asked for, {self.nbytes - self.used_nbytes} free.")
-            block = _Block(max(1, tensor.nbytes))
-            self.used_nbytes += tensor.nbytes
-            self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
-            weakref.finalize(block, self._freed, tensor.nbytes)
-            there = torch.frombuffer(block, dtype=torch.uint8)[: tensor.nbytes].view(tensor.dtype)
-            there = there.view(tensor.shape)
             self.copied_nbytes += tensor.nbytes
-            takes_s = tensor.nbytes / self.bytes_per_s
+            return self._copy(tensor, tensor.dtype, tensor.nbytes / self.bytes_per_s)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Convert in the current queue, in no time."""
+        return tensor if tensor.dtype == dtype else self._copy(tensor, dtype, 0.0)
+
+    def _copy(self, tensor: Tensor, dtype: torch.dtype, takes_s: float) -> Tensor:
+        with self._lock:
+            nbytes = tensor.numel() * dtype.itemsize
+            if self.nbytes is not None and self.used_nbytes + nbytes > self.nbytes:
+                raise OutOfMemory(f"{nbytes} bytes asked for, {self.nbytes - self.used_nbytes} free.")
+            block = _Block(max(1, nbytes))
+            self.used_nbytes += nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+            weakref.finalize(block, self._freed, nbytes)
+            there = torch.frombuffer(block, dtype=torch.uint8)[:nbytes].view(dtype).view(tensor.shape)
             if getattr(self._local, "is_aside", False):
                 self._copying_s += takes_s
                 if there.is_floating_point():
@@ -153,6 +160,12 @@ class FakeDevice:
                 self._computing_s += takes_s
                 there.copy_(tensor.detach())
             return there
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Tensor:
+        """Copy what *fill* writes, in the current queue."""
+        buffer = torch.empty(tuple(shape), dtype=dtype)
+        fill(buffer)
+        return self.upload(buffer)
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return *tensor*: all memory of the host is alike here."""
