@@ -15,6 +15,7 @@ class Layer:
     def __init__(self, name: str, nbytes: int, budget: Budget) -> None:
         self.name = name
         self.computation_nbytes = nbytes
+        self.beside_nbytes = 0
         self.busy = False
         self.lease: Lease | None = None
         budget.register(self)

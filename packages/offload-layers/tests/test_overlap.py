@@ -181,6 +181,35 @@ def test_full_memory_makes_residents_leave() -> None:
         assert device.peak_nbytes <= 6 * NBYTES
 
 
+@pytest.mark.parametrize("config", [PREPARING, DISK], ids=["preparing", "disk"])
+def test_the_limit_is_kept_with_what_computations_take(device: FakeDevice, config: dict[str, Any]) -> None:
+    seconds = [COPY_S] * LAYERS
+    limit = 9 * NBYTES
+    model = managed(device, seconds, config, limit_for(limit), also=3 * 1000)
+    model(X)
+    device.peak_nbytes = device.used_nbytes
+    for _ in range(3):
+        assert torch.equal(model(X), expected(seconds))
+    residents = [layer._owner().resident for layer in model].count(True)
+    assert residents == (4 if config is PREPARING else 0)  # nine, but for two that pass and for three beside
+    assert device.peak_nbytes <= limit
+
+
+def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    model = managed(device, seconds, PREPARING, limit_for(LAYERS * NBYTES + 2 * NBYTES))
+    model(X)
+    assert all(layer._owner().resident for layer in model)
+    model[3].also = 4 * 1000
+    model[3].offload()  # otherwise nothing of the engine runs: whoever is resident is called directly
+    model(X)
+    assert [layer._owner().resident for layer in model].count(True) <= LAYERS - 4
+    device.peak_nbytes = device.used_nbytes
+    for _ in range(2):
+        assert torch.equal(model(X), expected(seconds))
+    assert device.peak_nbytes <= LAYERS * NBYTES + 2 * NBYTES
+
+
 def test_memory_that_is_too_small_for_one_layer() -> None:
     with FakeDevice(nbytes=NBYTES - 1).installed() as device:
         model = managed(device, [COPY_S], DISK, None)

@@ -2,8 +2,8 @@
 
 Bytes are borrowed before they are allocated. A layer that wants to *stay* on the device is refused when
 it does not fit; a layer that must *compute* is never refused, but others are asked to leave first. So
-room for the largest layer and for the one that is fetched ahead is always kept free of residents, and the
-limit holds; layers larger than the limit run alone.
+room for the largest layer and for the one that is fetched ahead is always kept free of residents, and for
+what computations take beside weights (see ``_beside``). So the limit holds; layers larger than it run alone.
 
 Changing the books happens under one lock; moving tensors happens outside of it.
 """
@@ -14,7 +14,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -38,6 +38,9 @@ class Memory(Protocol):
     def in_use(self) -> int | None:
         """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
 
+    def peak_in_use(self) -> int | None:
+        """Return the most bytes that were in use at once, up to now; None where the device cannot tell."""
+
     def release_cached(self) -> None:
         """Give memory that is only cached back to the device."""
 
@@ -47,6 +50,10 @@ class Borrower(Protocol):
 
     name: str
     computation_nbytes: int  # what the layer needs on the device while it computes
+
+    @property
+    def beside_nbytes(self) -> int:
+        """What computations of its model were seen to take of the device beside what was lent."""
 
     def try_demote(self) -> bool:
         """Leave the device now if that is possible without waiting; say whether it was done."""
@@ -61,6 +68,15 @@ class BudgetStatistics:
     peak_nbytes: int
     residents: int
     refusals: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a device says of its memory, and what its budget has lent of it, in bytes."""
+
+    nbytes: int
+    peak_nbytes: int
+    lent_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class Budget:
             if limit is not None:
                 # the driver is asked last: it is slow, and our own books refuse most requests
                 stay = self._staying + nbytes + max(self._headroom(), self._lent - self._staying)
-                if stay > limit or stay + self._foreign() > limit:
+                if stay + borrower.beside_nbytes > limit or stay + self._foreign() > limit:
                     self._refusals += 1
                     return None
             return self._lend(borrower, nbytes, is_resident=True)
@@ -141,7 +157,9 @@ class Budget:
                 return True
             if limit is not None:
                 stay = self._staying + entry.nbytes + self._headroom()
-                if stay > limit or stay + self._foreign() > limit:
+                borrower = entry.borrower()
+                beside = 0 if borrower is None else borrower.beside_nbytes
+                if stay + beside > limit or stay + self._foreign() > limit:
                     return False
             self._entries[lease._key] = dataclasses.replace(entry, is_resident=True)
             self._staying += entry.nbytes
@@ -152,7 +170,8 @@ class Budget:
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
         """Lend *nbytes* to a layer that is about to compute; residents may be asked to leave."""
         if limit is not None:
-            self._make_room(borrower, nbytes, limit)
+            most = limit - nbytes - borrower.beside_nbytes
+            self._ask_to_leave(borrower, lambda: self._lent <= most)
         with self._lock:
             return self._lend(borrower, nbytes, is_resident=False)
 
@@ -160,21 +179,35 @@ class Budget:
         """Lend *nbytes* for a layer that will compute soon, or return None when they do not fit now."""
         with self._lock:
             self._collect()
-            if limit is not None and self._lent + self._foreign() + nbytes > limit:
+            beside = borrower.beside_nbytes
+            if limit is not None and self._lent + max(self._foreign(), beside) + nbytes > limit:
                 return None
             return self._lend(borrower, nbytes, is_resident=False)
 
-    def room(self, borrowers: Iterable[Borrower], *, limit: int) -> int:
+    def keep_under(self, limit: int, borrower: Borrower) -> None:
+        """Make residents leave until *limit* holds with what was learned of *borrower*'s computations."""
+        most = limit - borrower.beside_nbytes
+        self._ask_to_leave(borrower, lambda: self._staying + self._headroom() <= most)
+
+    def usage(self) -> Usage:
+        """Return what the device says now; all zero where it cannot tell."""
+        with self._lock:
+            self._collect()
+            nbytes, peak = self._memory.in_use(), self._memory.peak_in_use()
+            return Usage(nbytes or 0, peak or 0, self._lent)
+
+    def room(self, borrowers: Sequence[Borrower], *, limit: int) -> int:
         """Return the bytes in which *borrowers* may stay, all together."""
         with self._lock:
             self._collect()
             theirs = {id(borrower) for borrower in borrowers}
+            beside = max((borrower.beside_nbytes for borrower in borrowers), default=0)
             others = sum(
                 entry.nbytes
                 for entry in self._entries.values()
                 if entry.is_resident and id(entry.borrower()) not in theirs
             )
-            return max(0, limit - self._headroom() - self._foreign() - others)
+            return max(0, limit - self._headroom() - max(self._foreign(), beside) - others)
 
     def demote_all(self) -> int:
         """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""
@@ -238,17 +271,18 @@ class Budget:
         s = self.statistics()
         return f"<Budget {s.device} {s.lent_nbytes:,} bytes lent, {s.residents} residents>"
 
-    def _make_room(self, borrower: Borrower, nbytes: int, limit: int) -> None:
+    def _ask_to_leave(self, borrower: Borrower, is_enough: Callable[[], bool]) -> None:
+        """Ask residents other than *borrower* to leave until *is_enough*, a question to the books."""
         with self._lock:
             self._collect()
-            if self._lent + nbytes <= limit:
+            if is_enough():
                 return
             # the most recent resident first: it is the one that will be needed again last
             residents = self._residents()[::-1]
         for resident in residents:
             if resident is not borrower and resident.try_demote():
                 with self._lock:
-                    if self._lent + nbytes <= limit:
+                    if is_enough():
                         return
 
     def _headroom(self) -> int:

@@ -51,6 +51,9 @@ class Device(Protocol):
     def in_use(self) -> int | None:
         """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
 
+    def peak_in_use(self) -> int | None:
+        """Return the most bytes that were in use at once, up to now; None where the device cannot tell."""
+
     def release_cached(self) -> None:
         """Give memory that is only cached back to the device."""
 
@@ -100,6 +103,10 @@ class HostDevice:
 
     def in_use(self) -> int | None:
         """Return None: only what the budget has lent counts."""
+        return None
+
+    def peak_in_use(self) -> int | None:
+        """Return None likewise."""
         return None
 
     def release_cached(self) -> None:
@@ -165,6 +172,14 @@ class Accelerator:
         free, total = self._module.mem_get_info(self._device)
         reserve = self._module.memory_reserved(self._device) - self._module.memory_allocated(self._device)
         return int(total - free - reserve)
+
+    def peak_in_use(self) -> int | None:
+        """Return what is in use, were torch's own part of it as large as it was at most."""
+        in_use = self.in_use()
+        if in_use is None or not hasattr(self._module, "max_memory_allocated"):
+            return in_use
+        below = self._module.max_memory_allocated(self._device) - self._module.memory_allocated(self._device)
+        return in_use + int(below)
 
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""

@@ -54,10 +54,15 @@ class Residency(Resting):
                 if schedule is not None:
                     schedule.start_after(self)
             self._users += 1
+        if schedule is not None and self.limit is not None:
+            schedule.beside.begin(self, self.budget)
 
     @uncompiled
     def leave(self) -> None:
         """End what ``enter`` began."""
+        schedule, limit = self.schedule, self.limit
+        if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
+            self.budget.keep_under(limit, self)
         with self._lock:
             self._users -= 1
             staged = self._staged

@@ -105,6 +105,11 @@ class Resting:
         return self.own_budget if self.own_budget is not None else budget_of(self.policy.computation.device)
 
     @property
+    def beside_nbytes(self) -> int:
+        """What computations of its model were seen to take of the device beside weights."""
+        return 0 if self.schedule is None else self.schedule.beside.nbytes
+
+    @property
     def _device(self) -> Device:
         return device_of(self.policy.computation.device)
 

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from offload_layers._beside import Beside
 from offload_layers._budget import Borrower, Budget
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
@@ -46,6 +47,7 @@ class Schedule:
     def __init__(self) -> None:
         self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
         self.prefetcher = Prefetcher(self._order)
+        self.beside = Beside()
         self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
@@ -131,7 +133,7 @@ class Schedule:
         The decision needs the whole order; until that is known, who comes first stays.
         """
         if self._is_complete and layer.limit is not None:
-            room = layer.budget.room(self._layers(), limit=layer.limit)
+            room = layer.budget.room(self.called(), limit=layer.limit)
             if self._chosen_for != (room, len(self._work)):
                 self._choose(room)
         if self._chosen is None or weakref.ref(layer) not in self._chosen:

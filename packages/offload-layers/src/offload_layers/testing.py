@@ -55,15 +55,20 @@ class CountingSource(Mapping[str, Tensor]):
 
 
 class FakeMemory:
-    """A device's driver for ``Budget``: *taken* bytes belong to other programs."""
+    """A device's driver for ``Budget``: *taken* bytes are in use, *peak* at most up to now."""
 
-    def __init__(self, taken: int | None = None) -> None:
+    def __init__(self, taken: int | None = None, peak: int | None = None) -> None:
         self.taken = taken
+        self.peak = peak
         self.released = 0
 
     def in_use(self) -> int | None:
         """Return ``taken``."""
         return self.taken
+
+    def peak_in_use(self) -> int | None:
+        """Return ``peak``."""
+        return self.peak
 
     def release_cached(self) -> None:
         """Count the call."""
@@ -126,6 +131,10 @@ class FakeDevice:
     def in_use(self) -> int:
         """Return ``used_nbytes``."""
         return self.used_nbytes
+
+    def peak_in_use(self) -> int:
+        """Return ``peak_nbytes``."""
+        return self.peak_nbytes
 
     def release_cached(self) -> None:
         """Do nothing: what is dropped is free at once."""
