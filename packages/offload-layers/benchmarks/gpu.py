@@ -6,8 +6,11 @@ beside DiffSynth-Studio, accelerate and diffusers where they are installed.
 
 A row tells the seconds of a forward (median) and their ratio to the floor, which is the larger of computation
 and bytes over bus, the most memory that torch had, and what the driver saw. ``!`` marks outputs that are not
-those of the plain model, as those of weights kept in eight bits must be. Needs diffusers; without an
-accelerator it says so and ends. ``--device cpu --layers 1 --heads 1 --tokens 16`` tries the script itself.
+those of the plain model, as those of weights kept in eight bits must be. The peak is that of the forwards
+that are timed, after three that are not. ``mallocs`` is how often torch asked the driver for memory during
+them: 0 if what has passed through is used again. Weights "from disk" are in the page cache, one gigabyte of
+them may be in host memory. Needs diffusers and safemap; without an accelerator it says so and ends. ``--device
+cpu --layers 1 --heads 1 --tokens 16`` tries the script itself.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +31,7 @@ from disk_offload import diffsynth_layers, module_map
 from torch import nn
 
 GB = 10**9
-LINE = "{:28} {:>7} {:>9} {:>9} {:>7} {:>10} {:>11} {:>9}"
+LINE = "{:30} {:>7} {:>9} {:>9} {:>7} {:>8} {:>8} {:>9} {:>7}"
 CONFIG: dict[str, int] = {
     "num_layers": 14,
     "attention_head_dim": 128,
@@ -54,10 +58,17 @@ class Driver:
         gc.collect()
         if self.has_memory:
             self.module.empty_cache()
-            self.module.reset_peak_memory_stats(self.device)
 
     def free_and_total(self) -> tuple[int, int]:
         return self.module.mem_get_info(self.device) if self.has_memory else (0, 0)
+
+    def forget_peak(self) -> None:
+        if self.has_memory:
+            self.module.reset_peak_memory_stats(self.device)
+
+    def mallocs(self) -> int:
+        """How often torch has asked the driver for memory."""
+        return int(self.module.memory_stats(self.device).get("num_device_alloc", 0)) if self.has_memory else 0
 
     def peak(self) -> int:
         return int(self.module.max_memory_allocated(self.device)) if self.has_memory else 0
@@ -122,6 +133,12 @@ def make_weights(device: torch.device) -> dict[str, torch.Tensor]:
     return {name: values(parameter) for name, parameter in skeleton().named_parameters()}
 
 
+def write(weights: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, file)
+
+
 def build(weights: dict[str, torch.Tensor]) -> nn.Module:
     model = skeleton()
     model.load_state_dict(weights, assign=True, strict=False)
@@ -154,6 +171,18 @@ def ours(device: torch.device, limit: int | None, storage: torch.dtype | None = 
         vram = "auto" if limit is None else limit
         return offload_layers.offload(
             model, device=device, vram=vram, ram="auto", dtype=HALF, storage_dtype=storage
+        ).model
+
+    return make
+
+
+def from_disk(device: torch.device, limit: int, file: Path) -> Make:
+    def make(model: nn.Module) -> Any:
+        import offload_layers
+        from safemap import DiskMap
+
+        return offload_layers.offload(
+            skeleton(), device=device, vram=limit, ram=GB, source=DiskMap(file), dtype=HALF
         ).model
 
     return make
@@ -203,13 +232,14 @@ def diffusers(device: torch.device, level: str) -> Make:
     return make
 
 
-def subjects(device: torch.device) -> list[tuple[str, int | None, Make]]:
+def subjects(device: torch.device, file: Path) -> list[tuple[str, int | None, Make]]:
     found: list[tuple[str, int | None, Make]] = [
         ("plain, resident", None, lambda model: model.to(device)),
         ("offload-layers, no limit", None, ours(device, None)),
     ]
     found += [(f"offload-layers, {limit} GB", limit * GB, ours(device, limit * GB)) for limit in LIMITS]
     found.append(("offload-layers, fp8, 4 GB", 4 * GB, ours(device, 4 * GB, EIGHT)))
+    found.append(("offload-layers, from disk, 4 GB", 4 * GB, from_disk(device, 4 * GB, file)))
     if device.type != "cpu":  # its limit asks the driver
         found += [
             (f"DiffSynth-Studio, {limit} GB", limit * GB, diffsynth(device, limit * GB)) for limit in LIMITS
@@ -229,6 +259,8 @@ def measure(
     arguments = inputs(tokens, driver.device)
     for _ in range(3):  # the order is learned, and who stays is chosen
         output = model(**arguments)[0]
+    driver.forget_peak()
+    mallocs = driver.mallocs()
     forward_s = seconds(driver, lambda: model(**arguments), 5)
     free, total = driver.free_and_total()
     return {
@@ -238,8 +270,52 @@ def measure(
         "bus_floor_s": 0.0 if limit is None else max(0, nbytes - limit) / bus,
         "peak_allocated_nbytes": driver.peak(),
         "driver_nbytes": total - free,
+        "mallocs": driver.mallocs() - mallocs,
         "output": output.float().cpu(),
     }
+
+
+def measure_all(
+    tokens_of_rows: list[int],
+    driver: Driver,
+    weights: dict[str, torch.Tensor],
+    file: Path,
+    rates: dict[str, float],
+    end: float,
+) -> list[dict[str, Any]]:
+    """Measure and show every row that is begun before *end*."""
+    rows = []
+    for tokens in tokens_of_rows:
+        plain_s, expected = 0.0, None
+        for name, limit, make in subjects(driver.device, file):
+            if time.perf_counter() > end:
+                print(f"{name:30} {tokens:>7} left out: the time is up", flush=True)
+                continue
+            try:
+                row = measure(make, weights, driver, tokens, limit, rates["host_to_device_bytes_per_s"])
+            except Exception as error:  # of peers that are not installed, or want what is not there
+                reason = str(error).partition("\n")[0]
+                print(f"{name:30} {tokens:>7} {type(error).__name__}: {reason}", flush=True)
+                continue
+            output = row.pop("output")
+            if name == "plain, resident":
+                plain_s, expected = row["forward_s"], output
+            row["subject"] = name
+            row["identical"] = expected is not None and bool(torch.equal(output, expected))
+            floor = max(plain_s, row["bus_floor_s"]) or row["forward_s"]
+            row["over_floor"] = row["forward_s"] / floor
+            rows.append(row)
+            cells = (
+                f"{row['forward_s']:.3f}",
+                f"{plain_s:.3f}",
+                f"{row['over_floor']:.2f}" + ("" if row["identical"] else "!"),
+                "-" if limit is None else f"{limit / GB:.0f}",
+                f"{row['peak_allocated_nbytes'] / GB:.2f}",
+                f"{row['driver_nbytes'] / GB:.2f}",
+                str(row["mallocs"]),
+            )
+            print(LINE.format(name, tokens, *cells), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -261,40 +337,22 @@ def main() -> None:
     print(json.dumps(rates, indent=1))
     print(
         LINE.format(
-            "subject", "tokens", "forward s", "plain s", "/ floor", "limit GB", "peak GB", "driver GB"
+            "subject",
+            "tokens",
+            "forward s",
+            "plain s",
+            "/ floor",
+            "limit GB",
+            "peak GB",
+            "driver GB",
+            "mallocs",
         )
     )
     weights = make_weights(device)
-    rows = []
-    for tokens in options.tokens:
-        plain_s, expected = 0.0, None
-        for name, limit, make in subjects(device):
-            if time.perf_counter() > end:
-                print(f"{name:28} {tokens:>7} left out: the time is up", flush=True)
-                continue
-            try:
-                row = measure(make, weights, driver, tokens, limit, rates["host_to_device_bytes_per_s"])
-            except Exception as error:  # of peers that are not installed, or want what is not there
-                reason = str(error).partition("\n")[0]
-                print(f"{name:28} {tokens:>7} {type(error).__name__}: {reason}", flush=True)
-                continue
-            output = row.pop("output")
-            if name == "plain, resident":
-                plain_s, expected = row["forward_s"], output
-            row["subject"] = name
-            row["identical"] = expected is not None and bool(torch.equal(output, expected))
-            floor = max(plain_s, row["bus_floor_s"]) or row["forward_s"]
-            row["over_floor"] = row["forward_s"] / floor
-            rows.append(row)
-            cells = (
-                f"{row['forward_s']:.3f}",
-                f"{plain_s:.3f}",
-                f"{row['over_floor']:.2f}" + ("" if row["identical"] else "!"),
-                "-" if limit is None else f"{limit / GB:.0f}",
-                f"{row['peak_allocated_nbytes'] / GB:.2f}",
-                f"{row['driver_nbytes'] / GB:.2f}",
-            )
-            print(LINE.format(name, tokens, *cells), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        write(weights, file)
+        rows = measure_all(options.tokens, driver, weights, file, rates, end)
     if options.output:
         machine = {
             "device": driver.name(),
