@@ -9,8 +9,8 @@ and bytes over bus, the most memory that torch had, and what the driver saw. ``!
 those of the plain model, as those of weights kept in eight bits must be. The peak is that of the forwards
 that are timed, after three that are not. ``mallocs`` is how often torch asked the driver for memory during
 them: 0 if what has passed through is used again. Weights "from disk" are in the page cache, one gigabyte of
-them may be in host memory. Needs diffusers and safemap; without an accelerator it says so and ends. ``--device
-cpu --layers 1 --heads 1 --tokens 16`` tries the script itself.
+them may be in host memory. Needs diffusers and safemap; without an accelerator it says so and ends.
+The options ``--device cpu --layers 1 --heads 1 --tokens 16`` try the script itself.
 """
 
 import argparse
