@@ -47,6 +47,18 @@ def test_peaks() -> None:
     assert make(vram=40 * GB).peak_device_nbytes == 20 * GB
 
 
+def test_layers_that_are_read_into_the_ring_make_it_grow() -> None:
+    size = LayerSize("layer", 50 << 20, 100 << 20, 100 << 20)
+    room = {"vram": 200 << 20, "ram": 1 << 30}
+    planned = make_plan([size], device=CUDA, **room, rows=1, rates=None)
+    assert planned.peak_host_nbytes == 64 << 20  # it stays on the device
+    more = make_plan([size] * 9, device=CUDA, **room, rows=1, rates=None)
+    assert more.nbytes_on(Tier.HOST) == 900 << 20  # no more than a gigabyte with the ring
+    most = make_plan([size] * 40, device=CUDA, **room, rows=1, rates=None)
+    assert most.nbytes_on(Tier.HOST) == 700 << 20
+    assert most.peak_host_nbytes == (700 << 20) + 2 * (128 << 20)
+
+
 def test_a_cpu_holds_one_layer_beside_those_that_stay_if_nothing_is_fetched_ahead() -> None:
     ahead, alone = (make(device=CPU, ram=8 * GB, fetches_ahead=ahead) for ahead in (True, False))
     assert counts(ahead) == counts(alone)

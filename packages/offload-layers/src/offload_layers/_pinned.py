@@ -24,8 +24,8 @@ _log = logging.getLogger("offload_layers.transfer")
 
 #: bytes of one buffer: long enough to keep the bus busy, short enough that the first piece leaves soon
 CHUNK = 32 << 20
-#: bytes of the largest tensor that is read from disk into one buffer, which then has as many
-LARGEST = 1 << 30
+#: bytes of the largest tensor that is read from disk into one buffer, which then has about as many
+LARGEST = 256 << 20
 
 #: bytes of one slab: torch gives page-locked memory in powers of two, a tensor alone would waste up to half
 SLAB = 256 << 20
@@ -78,6 +78,15 @@ class PinnedSlabs:
         except RuntimeError as error:
             _log.warning("%s; weights in host memory cross to the device more slowly", _reason(error))
             return None
+
+
+def ring_nbytes(largest: int) -> int:
+    """Return what the ring holds once tensors of *largest* bytes were read from disk."""
+    return 2 * _buffer_nbytes(min(largest, LARGEST))
+
+
+def _buffer_nbytes(nbytes: int) -> int:
+    return max(CHUNK, 1 << (nbytes - 1).bit_length())  # what torch would make of it anyway
 
 
 def _page_locked(nbytes: int) -> Tensor:
@@ -174,7 +183,7 @@ class PinnedRing:
 
     def _grow(self, buffer: _Buffer, nbytes: int) -> bool:
         """Give *buffer* memory for *nbytes*, and say whether that was possible."""
-        size = max(CHUNK, 1 << (nbytes - 1).bit_length())  # what torch would make of it anyway
+        size = _buffer_nbytes(nbytes)
         try:
             if size > CHUNK and available_ram() < 2 * size:
                 return False

@@ -9,7 +9,8 @@ Note [Peaks]
     ``PASSING`` of the largest; what stays leaves room for ``IN_FLIGHT`` of them, and the limit bounds all. On
     a CPU nothing is fetched ahead if the source brings weights closer by itself: there it is the computing
     layer alone. On the host there are the weights that stay there, one layer on its way from disk, and the
-    page-locked ring.
+    page-locked ring. A layer that fits into the ring is read beside it in the first forward only; later it is
+    read into the ring, which grows for it.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import torch
 from offload_layers._budget import IN_FLIGHT
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._errors import ConfigError
-from offload_layers._pinned import CHUNK
+from offload_layers._pinned import CHUNK, LARGEST, ring_nbytes
 from offload_layers._plan_picture import plot_plan
 from offload_layers._prefetch import LARGEST_AHEAD
 from offload_layers._rates import Rates
@@ -147,7 +148,7 @@ class Plan:
             for layer in self.layers
             if layer.tier is Tier.HOST or not layer.size.is_on_disk
         )
-        return kept + from_disk + _RING_NBYTES
+        return kept + _passing_host(from_disk)
 
     def predict(self) -> Prediction | None:
         """Return the seconds of one forward once everything is in place; None without rates."""
@@ -315,16 +316,22 @@ def _host(
     window: int,
 ) -> frozenset[int]:
     """Return which of the layers that are not on the device stay in host memory."""
-    room = ram - _fixed_nbytes(sizes, device)
     moving = [i for i, size in enumerate(sizes) if i not in on_device and size.is_on_disk]
     demands = [Demand(sizes[i].stored_nbytes, sizes[i].work(rows)) for i in moving]
     everything = sum(demand.nbytes for demand in demands)
     passing = max((demand.nbytes for demand in demands), default=0)  # one layer on its way from disk
-    chosen = choose_residents(
-        demands, room=everything if everything <= room else max(0, room - passing), window=window
-    )
+    room = ram - _fixed_nbytes(sizes, device)
+    if everything > room:
+        room = max(0, room + _RING_NBYTES - _passing_host(passing))
+    chosen = choose_residents(demands, room=room, window=window)
     others = {i for i, size in enumerate(sizes) if not size.is_on_disk and i not in on_device}
     return frozenset({moving[i] for i in chosen} | others)
+
+
+def _passing_host(nbytes: int) -> int:
+    """Return what a layer of *nbytes* on its way from disk takes of the host, with the ring."""
+    beside = nbytes + _RING_NBYTES
+    return beside if nbytes > LARGEST else max(beside, ring_nbytes(nbytes))
 
 
 def _nbytes(size: LayerSize, tier: Tier) -> int:
