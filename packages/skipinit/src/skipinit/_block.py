@@ -19,7 +19,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from ._errors import PendingValueError
 from ._linear import expect_reset
 from ._mode import BlockMode
-from ._pending import Log, become, storage_address
+from ._pending import Log
+from ._tensors import become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
 _running_loop = asyncio._get_running_loop
@@ -85,11 +86,10 @@ class Block:
     def _give_values(self) -> None:
         for tensor in self.log.survivors():
             self.log.materialize(tensor)
-        unknown = self.log.storages_with_unknown_users(map(storage_address, self.parameters.values()))
-        if unknown:
-            self._search_for_users(unknown)
+        if self.log.has_unknown_users(self.parameters.values()):
+            self._search_for_users()
 
-    def _search_for_users(self, storages: set[int]) -> None:
+    def _search_for_users(self) -> None:
         """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
         known = self.log.own_ids() | self.parameters.keys()
         registered: set[int] = set()
@@ -101,7 +101,7 @@ class Block:
             elif (
                 issubclass(kind, Tensor)
                 and id(candidate) not in known
-                and storage_address(candidate) in storages
+                and storage_address(candidate) in self.log.storages
             ):
                 users.append(candidate)
         for tensor in users:

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._pending import Log, storage_address
+from ._call import Call
+from ._pending import Log
 
 _CONSTRUCTOR = nn.Linear.__init__.__code__
 _RESET = nn.Linear.reset_parameters
-NO_KEYWORDS: dict[str, Any] = {}
 _INITIALIZERS = nn.init.kaiming_uniform_, nn.init.uniform_
 
 
@@ -31,14 +31,13 @@ def expect_reset(module: Any, weight: nn.Parameter, log: Log) -> None:
 def _put_reset_off(module: nn.Linear, weight: nn.Parameter, log: Log) -> None:
     del module.__dict__["reset_parameters"]
     bias = module._parameters.get("bias")
-    parameters = [weight] if bias is None else [weight, bias]
-    storages = [log.storages[a] for p in parameters if (a := storage_address(p)) in log.storages]
+    storages = [log.find(parameter) for parameter in (weight, bias) if parameter is not None]
     if (
-        len(storages) == len(parameters)
+        all(storages)
         and module._parameters["weight"] is weight  # hooks of others may have replaced it
         and (nn.init.kaiming_uniform_, nn.init.uniform_) == _INITIALIZERS  # as some libraries do with these
     ):
-        log.write(storages, reset_linear, (module.in_features, *storages), NO_KEYWORDS)
+        log.write(storages, Call(reset_linear, (module.in_features, *storages)))  # type: ignore[arg-type]
     else:
         module.reset_parameters()
 
