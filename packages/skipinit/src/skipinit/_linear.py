@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._call import Call
 from ._pending import Log
+from ._tensors import storage_address
 
 _CONSTRUCTOR = nn.Linear.__init__.__code__
 _RESET = nn.Linear.reset_parameters
@@ -31,13 +32,14 @@ def expect_reset(module: Any, weight: nn.Parameter, log: Log) -> None:
 def _put_reset_off(module: nn.Linear, weight: nn.Parameter, log: Log) -> None:
     del module.__dict__["reset_parameters"]
     bias = module._parameters.get("bias")
-    storages = [log.find(parameter) for parameter in (weight, bias) if parameter is not None]
+    parameters = [weight] if bias is None else [weight, bias]
+    storages = [log.storages[a] for p in parameters if (a := storage_address(p)) in log.storages]
     if (
-        all(storages)
+        len(storages) == len(parameters)
         and module._parameters["weight"] is weight  # hooks of others may have replaced it
         and (nn.init.kaiming_uniform_, nn.init.uniform_) == _INITIALIZERS  # as some libraries do with these
     ):
-        log.write(storages, Call(reset_linear, (module.in_features, *storages)))  # type: ignore[arg-type]
+        log.write(storages, Call(reset_linear, (module.in_features, *storages)))
     else:
         module.reset_parameters()
 

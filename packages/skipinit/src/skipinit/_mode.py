@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ._call import Call
 from ._calls import PLAIN, Calls
 from ._random import names
-from ._tensors import META, resolve
+from ._tensors import CPU, META, resolve
 
 if TYPE_CHECKING:
     from ._block import Block
@@ -104,10 +104,12 @@ class BlockMode(TorchFunctionMode):
     def _make(self, factory: Function, arguments: Sequence[Any], keywords: dict[str, Any]) -> Tensor | None:
         """A pending tensor; None if this call has to run plainly."""
         options = {name: value for name, value in keywords.items() if value is not None}
-        if not options.keys() <= DEFERRABLE or _dispatch_modes():  # FakeTensorMode has no storage to save
+        if (
+            options and not options.keys() <= DEFERRABLE
+        ) or _dispatch_modes():  # FakeTensorMode has no storage to save
             return None
         device = resolve(options.get("device"))
-        if device.type == "meta":
+        if device is not CPU and device.type == "meta":
             return None
         options["device"] = META
         if factory is _FULL:

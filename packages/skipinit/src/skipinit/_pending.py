@@ -123,7 +123,9 @@ class Log:
             device: Of the new storages.
         """
         promised = [self.alias(result) for result in results]
-        storages = storages + [self._add_empty(new, device) for new in promised if self.find(new) is None]
+        for result in promised:
+            if self.find(result) is None:
+                storages = [*storages, self._add_empty(result, device)]
         for storage in storages:
             storage.calls += (len(self._entries),)
         self._entries.append(Entry(call, storages, promised))

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ._errors import PendingValueError
 
-META = torch.device("meta")
+CPU, META = torch.device("cpu"), torch.device("meta")
+_function_modes = torch._C._len_torch_function_stack
 
 
 def storage_address(tensor: Tensor) -> int:
@@ -54,6 +55,6 @@ def resolve(device: Any) -> torch.device:
 
     What does not exist raises, as it does plainly.
     """
-    if device is None and not torch._C._len_torch_function_stack():
-        return torch.device("cpu")
+    if device is None and not _function_modes():  # such as torch.device("cuda") as a context
+        return CPU
     return torch.empty(0, device=device).device
