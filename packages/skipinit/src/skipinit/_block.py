@@ -26,9 +26,10 @@ _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipi
 _running_loop = asyncio._get_running_loop
 
 
-def _current_task() -> Any:
+def _caller() -> tuple[int, Any]:
+    """The thread and the asyncio task that call."""
     loop = _running_loop()
-    return None if loop is None else asyncio.current_task(loop)
+    return threading.get_ident(), None if loop is None else asyncio.current_task(loop)
 
 
 class Block:
@@ -39,7 +40,7 @@ class Block:
         self.depth = 1
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
-        self._thread, self._task = threading.get_ident(), _current_task()
+        self._opener = _caller()
         self._outer = _entered.get()
         self._mode = BlockMode(self)
 
@@ -51,9 +52,7 @@ class Block:
 
     def is_current(self) -> bool:
         """Whether this thread and this task are those that opened the block."""
-        loop = _running_loop()
-        task = None if loop is None else asyncio.current_task(loop)
-        return self._task is task and self._thread == threading.get_ident() and self.depth > 0
+        return self.depth > 0 and self._opener == _caller()
 
     def open(self) -> None:
         _entered.set(self)
@@ -74,20 +73,16 @@ class Block:
             _push_mode(mode)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             for parameter in self.parameters.values():
-                if storage_address(parameter) not in self.log.storages:  # since ``parameter.data = ...``
-                    self.take_storage(parameter)
+                self.take_storage(parameter)  # since ``parameter.data = ...`` may have given it another
             with contextlib.suppress(*([PendingValueError] if failed else [])):
-                self._give_values()
+                for tensor in self.log.survivors():
+                    self.log.materialize(tensor)
+                if self.log.has_unknown_users(self.parameters.values()):
+                    self._search_for_users()
             if self.device.type != "meta":
                 for parameter in self.parameters.values():
                     if self.log.find(parameter) is not None:
                         become(parameter, self.log.value(parameter).to(self.device, copy=True))
-
-    def _give_values(self) -> None:
-        for tensor in self.log.survivors():
-            self.log.materialize(tensor)
-        if self.log.has_unknown_users(self.parameters.values()):
-            self._search_for_users()
 
     def _search_for_users(self) -> None:
         """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
@@ -98,33 +93,28 @@ class Block:
             kind = type(candidate)  # isinstance would run the __class__ of lazy proxies
             if issubclass(kind, nn.Module):
                 registered.update(id(p) for p in candidate.__dict__.get("_parameters", {}).values())
-            elif (
-                issubclass(kind, Tensor)
-                and id(candidate) not in known
-                and storage_address(candidate) in self.log.storages
-            ):
+            elif issubclass(kind, Tensor) and storage_address(candidate) in self.log.storages:
                 users.append(candidate)
         for tensor in users:
             if id(tensor) in registered:
                 self.parameters[id(tensor)] = tensor  # type: ignore[assignment]
-            else:
+            elif id(tensor) not in known:
                 self.log.materialize(tensor)
 
     def take_storage(self, parameter: nn.Parameter) -> None:
-        """Make a *parameter* pending whose real data this block made."""
+        """Make a *parameter* pending if its data are real and this block made them."""
+        address = storage_address(parameter)
+        if not address or address in self.log.storages or isinstance(parameter, UninitializedTensorMixin):
+            return
+        if type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it has rules of its own
+            return
         with torch._C.DisableTorchFunction(), contextlib.suppress(PendingValueError):
-            if not _has_own_rules(parameter) and parameter.untyped_storage() in self.log.made:
+            if parameter.untyped_storage() in self.log.made:
                 self.log.adopt(parameter)  # unless C++ code holds it: then it stays real
 
 
-def _has_own_rules(parameter: Tensor) -> bool:
-    own_dispatch = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own_dispatch or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter)
-
-
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    block = _entered.get()
-    if block is not None and parameter is not None and block.is_current():
+    if parameter is not None and (block := Block.current()) is not None:
         block.parameters[id(parameter)] = parameter
         if storage_address(parameter) not in block.log.storages:
             block.take_storage(parameter)
@@ -134,8 +124,7 @@ def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None
 
 def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """A buffer will be needed for certain, and TorchScript must find it real."""
-    block = _entered.get()
-    if block is not None and buffer is not None and block.is_current():
+    if buffer is not None and (block := Block.current()) is not None:
         with torch._C.DisableTorchFunction():
             if block.log.find(buffer) is not None:
                 block.log.materialize(buffer)
