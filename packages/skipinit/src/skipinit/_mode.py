@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._block import Block
 
 Function = Callable[..., Any]
+Arguments = Sequence[Any]
 
 #: what must be answered as a plain construction would
 DEVICE_ATTRIBUTES = names(
@@ -83,11 +84,7 @@ class BlockMode(TorchFunctionMode):
         self.calls = Calls(block.log)
 
     def __torch_function__(
-        self,
-        function: Function,
-        types: object,
-        arguments: Sequence[Any] = (),
-        keywords: dict[str, Any] | None = None,
+        self, function: Function, types: object, arguments: Arguments = (), keywords: Any = None
     ) -> Any:
         if function in METADATA or not self.block.is_current():
             return function(*arguments, **keywords) if keywords else function(*arguments)
@@ -101,13 +98,11 @@ class BlockMode(TorchFunctionMode):
             made = self._make_like(function, arguments, keywords)
         return self.calls.answer(Call(function, arguments, keywords)) if made is None else made
 
-    def _make(self, factory: Function, arguments: Sequence[Any], keywords: dict[str, Any]) -> Tensor | None:
+    def _make(self, factory: Function, arguments: Arguments, keywords: dict[str, Any]) -> Tensor | None:
         """A pending tensor; None if this call has to run plainly."""
         options = {name: value for name, value in keywords.items() if value is not None}
-        if (
-            options and not options.keys() <= DEFERRABLE
-        ) or _dispatch_modes():  # FakeTensorMode has no storage to save
-            return None
+        if _dispatch_modes() or (options and not options.keys() <= DEFERRABLE):
+            return None  # tensors of a FakeTensorMode have no storage to save
         device = resolve(options.get("device"))
         if device is not CPU and device.type == "meta":
             return None
@@ -122,17 +117,14 @@ class BlockMode(TorchFunctionMode):
             if len(arguments) == 1 and type(arguments[0]) is tuple and arguments[0]:
                 arguments = arguments[0]  # torch parses separate sizes faster
             tensor = _EMPTY(*arguments, **options)
-        is_drawn = factory in _DRAWN
-        if is_drawn and (
-            self.log.streams.seeded_inside() or not (tensor.is_floating_point() or tensor.is_complex())
-        ):
-            return None  # it raises
+        if factory in _DRAWN:
+            is_possible = tensor.is_floating_point() or tensor.is_complex()  # else it raises
+            if not is_possible or self.log.streams.seeded_inside():
+                return None
         length = tensor.numel()
         return self.log.add(tensor, factory, length, device) if length else None
 
-    def _make_like(
-        self, function: Function, arguments: Sequence[Any], keywords: dict[str, Any]
-    ) -> Tensor | None:
+    def _make_like(self, function: Function, arguments: Arguments, keywords: Any) -> Tensor | None:
         """A pending tensor for ``zeros_like(pending)``, ``pending.new_zeros(...)`` and so on."""
         if not arguments or not isinstance(arguments[0], Tensor):
             return None
@@ -148,7 +140,7 @@ class BlockMode(TorchFunctionMode):
         size = [model.size()] if function.__name__.endswith("_like") else []
         return self._make(LIKE[function], (*size, *rest), keywords)
 
-    def _device_question(self, function: Function, arguments: Sequence[Any]) -> Any:
+    def _device_question(self, function: Function, arguments: Arguments) -> Any:
         tensor = arguments[0]
         storage = self.log.find(tensor)
         if storage is None:

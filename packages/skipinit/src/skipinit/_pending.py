@@ -18,6 +18,7 @@ from ._errors import PendingValueError
 from ._random import Streams
 from ._tensors import META, alias_of, become, storage_address
 
+Factory = Callable[..., Tensor]
 _use_count = torch._C._storage_Use_Count
 
 
@@ -26,9 +27,7 @@ class Storage:
 
     __slots__ = ("calls", "device", "dtype", "factory", "length", "value")
 
-    def __init__(
-        self, factory: Callable[..., Tensor], length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, factory: Factory, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.factory, self.length, self.dtype, self.device = factory, length, dtype, device
         self.calls: tuple[int, ...] = ()  # their positions in the log
         self.value: torch.UntypedStorage | None = None
@@ -68,9 +67,7 @@ class Log:
 
     # Writing down
 
-    def add(
-        self, tensor: Tensor, factory: Callable[..., Tensor], length: int, device: torch.device
-    ) -> Tensor:
+    def add(self, tensor: Tensor, factory: Factory, length: int, device: torch.device) -> Tensor:
         """Make the meta *tensor* pending: *factory* makes its storage of *length* elements on *device*."""
         self.storages[storage_address(tensor)] = Storage(factory, length, tensor.dtype, device)
         self._handed_out.append(tensor)
@@ -108,11 +105,7 @@ class Log:
         return storage
 
     def write(
-        self,
-        storages: list[Storage],
-        call: Call,
-        results: Iterable[Tensor] = (),
-        device: torch.device = META,
+        self, storages: list[Storage], call: Call, results: Iterable[Tensor] = (), device: torch.device = META
     ) -> None:
         """Put off a *call* that uses *storages*.
 
