@@ -23,13 +23,12 @@ from ._pending import Log
 from ._tensors import become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
-_running_loop = asyncio._get_running_loop
+_running_loop, _thread = asyncio._get_running_loop, threading.get_ident
 
 
-def _caller() -> tuple[int, Any]:
-    """The thread and the asyncio task that call."""
+def _current_task() -> Any:
     loop = _running_loop()
-    return threading.get_ident(), None if loop is None else asyncio.current_task(loop)
+    return None if loop is None else asyncio.current_task(loop)
 
 
 class Block:
@@ -40,7 +39,7 @@ class Block:
         self.depth = 1
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
-        self._opener = _caller()
+        self._thread, self._task = _thread(), _current_task()
         self._outer = _entered.get()
         self._mode = BlockMode(self)
 
@@ -52,7 +51,7 @@ class Block:
 
     def is_current(self) -> bool:
         """Whether this thread and this task are those that opened the block."""
-        return self.depth > 0 and self._opener == _caller()
+        return self.depth > 0 and self._thread == _thread() and self._task is _current_task()
 
     def open(self) -> None:
         _entered.set(self)
@@ -73,7 +72,8 @@ class Block:
             _push_mode(mode)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             for parameter in self.parameters.values():
-                self.take_storage(parameter)  # since ``parameter.data = ...`` may have given it another
+                if storage_address(parameter) not in self.log.storages:  # since ``parameter.data = ...``
+                    self.take_storage(parameter)
             with contextlib.suppress(*([PendingValueError] if failed else [])):
                 for tensor in self.log.survivors():
                     self.log.materialize(tensor)
@@ -103,10 +103,8 @@ class Block:
 
     def take_storage(self, parameter: nn.Parameter) -> None:
         """Make a *parameter* pending if its data are real and this block made them."""
-        address = storage_address(parameter)
-        if not address or address in self.log.storages or isinstance(parameter, UninitializedTensorMixin):
-            return
-        if type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it has rules of its own
+        has_own_rules = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if has_own_rules or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter):
             return
         with torch._C.DisableTorchFunction(), contextlib.suppress(PendingValueError):
             if parameter.untyped_storage() in self.log.made:
@@ -114,7 +112,8 @@ class Block:
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if parameter is not None and (block := Block.current()) is not None:
+    block = _entered.get()
+    if block is not None and parameter is not None and block.is_current():
         block.parameters[id(parameter)] = parameter
         if storage_address(parameter) not in block.log.storages:
             block.take_storage(parameter)

@@ -7,7 +7,7 @@ what is written to one of them is found by the others.
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
     call: Call
     storages: list[Storage]  # all that it reads, writes or makes
-    results: list[Tensor]  # what it was said to give, unless it only writes
+    results: tuple[Tensor, ...]  # what it was said to give, unless it only writes
 
 
 class Log:
@@ -105,7 +105,7 @@ class Log:
         return storage
 
     def write(
-        self, storages: list[Storage], call: Call, results: Iterable[Tensor] = (), device: torch.device = META
+        self, storages: list[Storage], call: Call, results: Sequence[Tensor] = (), device: torch.device = META
     ) -> None:
         """Put off a *call* that uses *storages*.
 
@@ -115,12 +115,13 @@ class Log:
             results: What it will give: meta tensors, of new storages or of those among its arguments.
             device: Of the new storages.
         """
-        promised = [self.alias(result) for result in results]
+        promised = tuple(map(self.alias, results)) if results else ()
         for result in promised:
             if self.find(result) is None:
                 storages = [*storages, self._add_empty(result, device)]
+        position = (len(self._entries),)
         for storage in storages:
-            storage.calls += (len(self._entries),)
+            storage.calls += position
         self._entries.append(Entry(call, storages, promised))
 
     # Computing
