@@ -37,7 +37,7 @@ IN_PLACE_2D = names("xavier_uniform_ xavier_normal_ kaiming_uniform_ kaiming_nor
 PLAIN = frozenset({bool, int, float, str, type(None)})
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 #: functions that autograd does not follow
-UNTRACKED = frozenset({Tensor.data.__get__, SET_DATA, Tensor.detach})  # type: ignore[attr-defined]
+UNTRACKED = frozenset({Tensor.data.__get__, Tensor.detach})  # type: ignore[attr-defined]
 
 
 class Calls:
@@ -52,13 +52,13 @@ class Calls:
         pending = [tensor for tensor in tensors if self.log.find(tensor) is not None]
         if not pending:
             return self._run(call)
+        if call.function == SET_DATA and call.arguments[0].is_meta:  # what it showed before does not matter
+            tensor, data = call.arguments
+            return call.run() if data.is_meta else become(tensor, data.detach())
         if len(pending) == len(tensors):
             result = self._put_off(call, pending)
             if result is not NotImplemented:
                 return result
-        elif call.function == SET_DATA and call.arguments[0].is_meta:
-            become(call.arguments[0], call.arguments[1].detach())
-            return None
         return self._compute(call, pending)
 
     def _put_off(self, call: Call, pending: list[Tensor]) -> Any:
@@ -80,14 +80,16 @@ class Calls:
         is_written = False
         if name in ("to", "cpu", "cuda") and len(pending) == 1:
             result, device = _converted(call, device)
-        elif is_simple and name in ELEMENTWISE and target.is_contiguous():
-            result = torch.empty(target.size(), dtype=target.dtype, device=META)
+        elif is_simple and name in ELEMENTWISE:
+            result = _alike(target, target.dtype)
         elif is_simple and (name in IN_PLACE or (name in IN_PLACE_2D and target.dim() > 1)):
             result, is_written = target, True
         elif name in RANDOM:
             return NotImplemented
         else:
             result, is_written = _on_meta(call, pending)
+            if is_written and len(set(map(id, storages))) < len(set(map(id, pending))):
+                return NotImplemented  # torch may refuse to read what is being written, and should do so now
         if result is NotImplemented or device == META:
             return result
         given = set(map(id, pending))
@@ -146,9 +148,15 @@ def _converted(call: Call, device: torch.device) -> tuple[Any, torch.device]:
     target, dtype, _, memory_format = torch._C._nn._parse_to(*options, **known)
     target, dtype = device if target is None else resolve(target), dtype or tensor.dtype
     is_same = (target, dtype) == (device, tensor.dtype) and not call.keywords.get("copy")
-    if memory_format is not None or not (is_same or tensor.is_contiguous()):
+    if memory_format is not None:
         return NotImplemented, device
-    return (tensor if is_same else torch.empty(tensor.size(), dtype=dtype, device=META)), target
+    return (tensor if is_same else _alike(tensor, dtype)), target
+
+
+def _alike(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """A meta tensor of the same shape and strides, if these are the usual ones; or `NotImplemented`."""
+    alike = torch.empty(tensor.size(), dtype=dtype, device=META)
+    return alike if alike.stride() == tensor.stride() else NotImplemented
 
 
 def _on_meta(call: Call, pending: list[Tensor]) -> tuple[Any, bool]:
@@ -163,7 +171,7 @@ def _on_meta(call: Call, pending: list[Tensor]) -> tuple[Any, bool]:
         return NotImplemented, False
     is_written = before != [_version(tensor) for tensor in pending]
     if result is None:
-        return (None if is_written or call.function == SET_DATA else NotImplemented), is_written
+        return (None if is_written else NotImplemented), is_written
     outputs = [result] if isinstance(result, Tensor) else result
     if (
         not isinstance(outputs, (list, tuple))
