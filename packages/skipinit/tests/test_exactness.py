@@ -1,5 +1,6 @@
 """Toy constructors, one per habit that real ones have: each must give exactly the plain model."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -440,3 +441,40 @@ def test_random_buffers_hold_random_values_that_the_seed_decides() -> None:
     assert not torch.equal(first.a.buffer, other.a.buffer)
     assert not torch.equal(first.a.buffer, first.b.buffer)
     assert 0.5 < float(first.a.buffer.std()) < 1.5
+
+
+def test_values_read_later_have_the_default_dtype_of_their_time(conforms: Callable[[Any], nn.Module]) -> None:
+    def build() -> nn.Module:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        thirds = [
+            torch.ones(2, dtype=torch.int64) / 3,
+            torch.ones(2, dtype=torch.bool) * 0.1,
+            torch.ones(2) / 3,
+        ]
+        torch.set_default_dtype(before)
+        return module(thirds=thirds)
+
+    conforms(build)
+
+
+def writes() -> nn.Module:
+    """Calls that write to what they are given, and calls that only look at it in another way."""
+    made = module(base=torch.zeros(4, 4), other=torch.ones(4, 4))
+    torch.add(made.base, made.other, out=made.base)
+    upper, lower = made.base.chunk(2)
+    nn.init.eye_(upper)
+    lower.copy_(upper)
+    made.column = made.base.t()[0].unsqueeze(0)
+    made.column.squeeze_()[1:] = 7
+    made.flat = made.other.reshape(16).as_strided((2, 2), (4, 1), 1)
+    made.other.masked_fill_(made.base > 0, 3)
+    made.stacked = torch.stack([upper, lower]).sum(0)
+    made.weight = nn.Parameter(torch.ones(3, 3).tril().t(), requires_grad=False)
+    return made
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_writes_are_told_from_views(mode: Callable[[], Any], conforms: Callable[[Any], nn.Module]) -> None:
+    with mode():
+        assert conforms(writes).flat.shape == (2, 2)

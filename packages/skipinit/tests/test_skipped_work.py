@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from skipinit import skip_model_initialization
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 HUGE = 1_000_000  # squared, in float32: 4 TB
 
@@ -176,3 +178,19 @@ def test_common_constructors_need_no_search_of_the_heap(name: str, monkeypatch: 
         model = CONSTRUCTORS[name]()
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not searches
+
+
+def test_linear_layers_announce_no_initializer() -> None:
+    """Six calls of torch functions for every layer would be most of what a large model takes."""
+    announced: list[str] = []
+
+    class Listen(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+        ) -> Any:
+            announced.append(function.__name__)
+            return function(*arguments, **(keywords or {}))
+
+    with skip_model_initialization(), Listen():
+        nn.Linear(3, 4)
+    assert not {"kaiming_uniform_", "uniform_"} & set(announced)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._managed import ManagedModule, attach, names_of, swap_classes
 from offload_layers._packed import PackedWeight
-from offload_layers._placement import Policy
+from offload_layers._placement import Placement, Policy
 from offload_layers._residency import Residency
 from offload_layers._schedule import Schedule
+from offload_layers._shared import SharedCopies
 from offload_layers._source import Source, check_in_source, check_source, stored_dtype
 from offload_layers._transfer import convert, on_meta, parameter_like
 from offload_layers._weight import Slot, Weight
@@ -40,7 +41,8 @@ def manage(
                 f'layer "{name}" of class {type(part).__name__} is managed already; wrap a layer once'
             )
     weights, own = _collect(module, modules, name, face)
-    homes = [_home(weight, policy, source) for weight in weights]
+    shared = SharedCopies() if schedule is None else schedule.shared
+    homes = [_home(weight, policy, source, shared) for weight in weights]
     buffers = [Slot(part, key) for part in modules for key in part._buffers if key not in own[part]]
     loaded = []
     if source is not None and not face._owns_buffers:
@@ -89,7 +91,7 @@ def _collect(
     return list(by_parameter.values()), own
 
 
-def _home(weight: Weight, policy: Policy, source: Source | None) -> nn.Parameter:
+def _home(weight: Weight, policy: Policy, source: Source | None, shared: SharedCopies) -> nn.Parameter:
     """Return what the model holds of *weight* at rest."""
     if isinstance(weight, PackedWeight):
         return weight.home(policy, source)
@@ -101,14 +103,14 @@ def _home(weight: Weight, policy: Policy, source: Source | None) -> nn.Parameter
         )
     if policy.offload.is_disk and source is not None and (parameter.is_meta or weight.name in source):
         check_in_source(source, weight.name, parameter.shape)
-        return on_meta(
-            parameter, policy.computation.dtype_for(stored_dtype(source, weight.name, parameter.dtype))
-        )
+        dtype = policy.computation.dtype_for(stored_dtype(source, weight.name, parameter.dtype))
+        on_disk = Placement(torch.device("meta"), dtype)
+        return shared.of(weight, on_disk, source, lambda w: on_meta(w.registered, dtype))
     if parameter.is_meta and source is not None:
         check_in_source(source, weight.name, parameter.shape)
     if policy.offload.is_disk:
         return parameter  # not in the checkpoint, but in the model: its values stay in memory
-    return weight.copy_to(policy.offload, source)
+    return shared.of(weight, policy.offload, source, lambda w: w.copy_to(policy.offload, source))
 
 
 def _stored_buffers(

@@ -20,6 +20,7 @@ from offload_layers._labels import label
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
+from offload_layers._shared import SharedCopies
 from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
@@ -68,6 +69,7 @@ class Resting:
         self.is_open = False
         self.own_budget = budget
         self.counters = Counters()
+        self._shared = SharedCopies() if schedule is None else schedule.shared
         self._lock = threading.RLock()
         self._users = 0
         self._staged: StagedCopy | None = None
@@ -213,7 +215,17 @@ class Resting:
             self._drop_kept()
             with self.at_home():
                 if not policy.offload.is_disk:
-                    self._tiers.rehome([w.copy_to(policy.offload, self.source) for w in self.weights])
+                    self._tiers.rehome(
+                        [
+                            self._shared.of(
+                                w,
+                                policy.offload,
+                                self.source,
+                                lambda w: w.copy_to(policy.offload, self.source),
+                            )
+                            for w in self.weights
+                        ]
+                    )
                 self.policy = policy
                 self._register_with_budget()
 
@@ -334,7 +346,11 @@ class Resting:
             with label("fetch", self.name):
                 self.budget.retrying(
                     lambda: self._tiers.push(
-                        placement, self.source, lease, computes_on=self.policy.computation.device
+                        placement,
+                        self.source,
+                        lease,
+                        computes_on=self.policy.computation.device,
+                        shared=self._shared,
                     ),
                     layer=self.name,
                     doing="bringing the weights of",

@@ -10,6 +10,7 @@ from offload_layers._budget import Borrower, Budget
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
+from offload_layers._shared import SharedCopies
 from offload_layers._source import Source, alone
 
 #: copies are kept between forwards, those of the smallest layers first, up to this part of the model's bytes:
@@ -48,6 +49,7 @@ class Schedule:
         self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
         self.prefetcher = Prefetcher(self._order)
         self.beside = Beside()
+        self.shared = SharedCopies()
         self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None

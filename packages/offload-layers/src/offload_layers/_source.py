@@ -101,6 +101,10 @@ class TiedSource(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._source or name in self._aliases
 
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the source itself has what is asked for as *name*."""
+        return self._aliases.get(name, name)
+
     def __getattr__(self, method: str) -> Any:
         if method not in ("info", "prefetch", "read_into", "trim", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")

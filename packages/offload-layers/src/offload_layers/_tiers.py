@@ -20,6 +20,7 @@ from offload_layers._changes import Fingerprint, fingerprint
 from offload_layers._device import device_of
 from offload_layers._packed import nbytes
 from offload_layers._placement import Placement
+from offload_layers._shared import SharedCopies
 from offload_layers._source import Source
 from offload_layers._transfer import parameter_like
 from offload_layers._weight import Weight
@@ -63,18 +64,27 @@ class TierStack:
         return sum(nbytes(parameter) for parameter in waiting.values())
 
     def push(
-        self, placement: Placement, source: Source | None, lease: Lease | None, *, computes_on: torch.device
+        self,
+        placement: Placement,
+        source: Source | None,
+        lease: Lease | None,
+        *,
+        computes_on: torch.device,
+        shared: SharedCopies,
     ) -> None:
         """Put copies in *placement*, paid for by *lease*, on top; on failure nothing has changed."""
+
+        def make(weight: Weight) -> nn.Parameter:
+            copy = weight.copy_to(placement, source)
+            if placement.device.type == "cpu" and computes_on.type != "cpu":
+                return self._locked(copy, weight.registered, computes_on)
+            return copy
+
         if placement.is_disk:
             parameters = self.top
         else:
             with torch.inference_mode(False):  # the copies outlive the forward that caused them
-                parameters = [w.copy_to(placement, source) for w in self._weights]
-                if placement.device.type == "cpu" and computes_on.type != "cpu":
-                    parameters = [
-                        self._locked(*pair, computes_on) for pair in zip(parameters, self.top, strict=True)
-                    ]
+                parameters = [shared.of(weight, placement, source, make) for weight in self._weights]
         self._register(parameters)
         self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
 

@@ -19,10 +19,11 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from ._errors import PendingValueError
 from ._linear import expect_reset
 from ._mode import BlockMode
-from ._pending import Log, become, storage_address
+from ._pending import Log
+from ._tensors import become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
-_running_loop = asyncio._get_running_loop
+_running_loop, _thread = asyncio._get_running_loop, threading.get_ident
 
 
 def _current_task() -> Any:
@@ -38,7 +39,7 @@ class Block:
         self.depth = 1
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
-        self._thread, self._task = threading.get_ident(), _current_task()
+        self._thread, self._task = _thread(), _current_task()
         self._outer = _entered.get()
         self._mode = BlockMode(self)
 
@@ -50,9 +51,7 @@ class Block:
 
     def is_current(self) -> bool:
         """Whether this thread and this task are those that opened the block."""
-        loop = _running_loop()
-        task = None if loop is None else asyncio.current_task(loop)
-        return self._task is task and self._thread == threading.get_ident() and self.depth > 0
+        return self.depth > 0 and self._thread == _thread() and self._task is _current_task()
 
     def open(self) -> None:
         _entered.set(self)
@@ -76,20 +75,16 @@ class Block:
                 if storage_address(parameter) not in self.log.storages:  # since ``parameter.data = ...``
                     self.take_storage(parameter)
             with contextlib.suppress(*([PendingValueError] if failed else [])):
-                self._give_values()
+                for tensor in self.log.survivors():
+                    self.log.materialize(tensor)
+                if self.log.has_unknown_users(self.parameters.values()):
+                    self._search_for_users()
             if self.device.type != "meta":
                 for parameter in self.parameters.values():
                     if self.log.find(parameter) is not None:
                         become(parameter, self.log.value(parameter).to(self.device, copy=True))
 
-    def _give_values(self) -> None:
-        for tensor in self.log.survivors():
-            self.log.materialize(tensor)
-        unknown = self.log.storages_with_unknown_users(map(storage_address, self.parameters.values()))
-        if unknown:
-            self._search_for_users(unknown)
-
-    def _search_for_users(self, storages: set[int]) -> None:
+    def _search_for_users(self) -> None:
         """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
         known = self.log.own_ids() | self.parameters.keys()
         registered: set[int] = set()
@@ -98,28 +93,22 @@ class Block:
             kind = type(candidate)  # isinstance would run the __class__ of lazy proxies
             if issubclass(kind, nn.Module):
                 registered.update(id(p) for p in candidate.__dict__.get("_parameters", {}).values())
-            elif (
-                issubclass(kind, Tensor)
-                and id(candidate) not in known
-                and storage_address(candidate) in storages
-            ):
+            elif issubclass(kind, Tensor) and storage_address(candidate) in self.log.storages:
                 users.append(candidate)
         for tensor in users:
             if id(tensor) in registered:
                 self.parameters[id(tensor)] = tensor  # type: ignore[assignment]
-            else:
+            elif id(tensor) not in known:
                 self.log.materialize(tensor)
 
     def take_storage(self, parameter: nn.Parameter) -> None:
-        """Make a *parameter* pending whose real data this block made."""
+        """Make a *parameter* pending if its data are real and this block made them."""
+        has_own_rules = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if has_own_rules or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter):
+            return
         with torch._C.DisableTorchFunction(), contextlib.suppress(PendingValueError):
-            if not _has_own_rules(parameter) and parameter.untyped_storage() in self.log.made:
+            if parameter.untyped_storage() in self.log.made:
                 self.log.adopt(parameter)  # unless C++ code holds it: then it stays real
-
-
-def _has_own_rules(parameter: Tensor) -> bool:
-    own_dispatch = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own_dispatch or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter)
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -134,8 +123,7 @@ def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None
 
 def _give_buffer_its_value(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """A buffer will be needed for certain, and TorchScript must find it real."""
-    block = _entered.get()
-    if block is not None and buffer is not None and block.is_current():
+    if buffer is not None and (block := Block.current()) is not None:
         with torch._C.DisableTorchFunction():
             if block.log.find(buffer) is not None:
                 block.log.materialize(buffer)

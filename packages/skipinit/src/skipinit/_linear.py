@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._pending import Log, storage_address
+from ._call import Call
+from ._pending import Log
+from ._tensors import storage_address
 
 _CONSTRUCTOR = nn.Linear.__init__.__code__
 _RESET = nn.Linear.reset_parameters
-NO_KEYWORDS: dict[str, Any] = {}
 _INITIALIZERS = nn.init.kaiming_uniform_, nn.init.uniform_
 
 
@@ -38,7 +39,7 @@ def _put_reset_off(module: nn.Linear, weight: nn.Parameter, log: Log) -> None:
         and module._parameters["weight"] is weight  # hooks of others may have replaced it
         and (nn.init.kaiming_uniform_, nn.init.uniform_) == _INITIALIZERS  # as some libraries do with these
     ):
-        log.write(storages, reset_linear, (module.in_features, *storages), NO_KEYWORDS)
+        log.write(storages, Call(reset_linear, (module.in_features, *storages)))
     else:
         module.reset_parameters()
 

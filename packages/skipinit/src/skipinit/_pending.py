@@ -7,91 +7,19 @@ what is written to one of them is found by the others.
 import itertools
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._call import Call, tensors_in
 from ._errors import PendingValueError
 from ._random import Streams
+from ._tensors import META, alias_of, become, storage_address
 
-META = torch.device("meta")
+Factory = Callable[..., Tensor]
 _use_count = torch._C._storage_Use_Count
-Function = Callable[..., Any]
-
-
-def storage_address(tensor: Tensor) -> int:
-    """What tells storages apart; 0 for tensors that have none (sparse ones, some wrappers)."""
-    try:
-        address: int = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
-    except (NotImplementedError, RuntimeError):
-        return 0
-    return address
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors among nested tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)):
-        return []
-    return [tensor for value in values for tensor in tensors_in(value)]
-
-
-def replace(values: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of nested tuples, lists and dicts with every tensor and every `Storage` changed."""
-    if isinstance(values, (Tensor, Storage)):
-        return change(values)
-    if isinstance(values, list):
-        return [replace(value, change) for value in values]
-    if isinstance(values, tuple):
-        changed = [replace(value, change) for value in values]
-        return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
-    if isinstance(values, dict):
-        return {name: replace(value, change) for name, value in values.items()}
-    return values
-
-
-def view_of(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
-    """What *tensor* shows of its own storage, of another *storage*."""
-    empty = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-def alias_of(tensor: Tensor) -> Tensor:
-    """Another tensor that shows the same, which autograd does not know to be a view of the first.
-
-    It is made without ``tensor.untyped_storage()``, whose result torch may count as a user of the storage for
-    as long as the storage lives.
-    """
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    with torch.no_grad():
-        empty.set_(tensor)  # type: ignore[call-overload]
-    return empty
-
-
-def become(tensor: Tensor, other: Tensor) -> None:
-    """Exchange the data of *tensor*, which stays the same Python object, with that of *other*."""
-    is_held = tensor._use_count() > 1  # type: ignore[attr-defined]
-    if not is_held:
-        other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
-        try:
-            torch._C._swap_tensor_impl(tensor, other)
-        except RuntimeError:
-            is_held = True
-    if is_held:
-        raise PendingValueError(
-            f"a tensor of shape {tuple(tensor.shape)} made inside skip_model_initialization() is held by C++ "
-            "code (TorchScript, torch.func, or an autograd graph), which would not see its new storage.\n"
-            "    Register it as a buffer first, or make it before the block."
-        )
-    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # autograd knew them by the old data
-        if getattr(tensor, hooks, None):
-            setattr(tensor, hooks, getattr(tensor, hooks))
 
 
 class Storage:
@@ -99,32 +27,18 @@ class Storage:
 
     __slots__ = ("calls", "device", "dtype", "factory", "length", "value")
 
-    def __init__(self, factory: Function, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, factory: Factory, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.factory, self.length, self.dtype, self.device = factory, length, dtype, device
-        self.calls: list[Call] | None = None  # most storages are used by one call or none
+        self.calls: tuple[int, ...] = ()  # their positions in the log
         self.value: torch.UntypedStorage | None = None
 
 
-class Call:
-    """One call that was put off. Meta tensors among its arguments stand for what they show of a storage."""
+class Entry(NamedTuple):
+    """One call that was put off. Meta tensors in it stand for what they show of a storage."""
 
-    __slots__ = (
-        "arguments", "default_dtype", "function", "is_done", "keywords", "order", "results", "storages"
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        order: int,
-        function: Function,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-        storages: list[Storage],
-    ) -> None:
-        self.order, self.function, self.arguments, self.keywords = order, function, arguments, keywords
-        self.storages = storages  # all that it reads, writes or makes
-        self.results: tuple[Tensor, ...] = ()
-        self.default_dtype = torch.get_default_dtype()
-        self.is_done = False
+    call: Call
+    storages: list[Storage]  # all that it reads, writes or makes
+    results: tuple[Tensor, ...]  # what it was said to give, unless it only writes
 
 
 class Log:
@@ -134,10 +48,10 @@ class Log:
         self.streams = Streams()
         self.storages: dict[int, Storage] = {}  # by address
         self.made: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # real storages of the block
+        self._entries: list[Entry] = []
         self._handed_out: list[Tensor] = []  # kept, so that no address is used twice
         self._aliases: list[Tensor] = []  # not handed out
-        self._wrapped: list[int] = []  # addresses of storages that have a Python object, which is a user too
-        self._orders = itertools.count()
+        self._wrappers: list[torch.UntypedStorage] = []  # Python objects, which are users of storages too
 
     def find(self, tensor: Tensor) -> Storage | None:
         """The storage of a pending *tensor*; None for any other."""
@@ -153,19 +67,11 @@ class Log:
 
     # Writing down
 
-    def add(self, tensor: Tensor, factory: Function, length: int, device: torch.device) -> Tensor:
+    def add(self, tensor: Tensor, factory: Factory, length: int, device: torch.device) -> Tensor:
         """Make the meta *tensor* pending: *factory* makes its storage of *length* elements on *device*."""
         self.storages[storage_address(tensor)] = Storage(factory, length, tensor.dtype, device)
         self._handed_out.append(tensor)
         return tensor
-
-    def _add_empty(self, tensor: Tensor, device: torch.device) -> Storage:
-        address = storage_address(tensor)
-        uses = _use_count(address)
-        length = tensor.untyped_storage().nbytes() // tensor.itemsize
-        self._wrapped += [address] * (_use_count(address) - uses)
-        self.storages[address] = storage = Storage(torch.empty, length, tensor.dtype, device)
-        return storage
 
     def hand_out(self, result: Tensor) -> Tensor:
         """*result*, without autograd's reference to its base, which could then not become real."""
@@ -173,6 +79,11 @@ class Log:
             result = alias_of(result)
         self._handed_out.append(result)
         return result
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """What *tensor* shows now, whatever happens to it later."""
+        self._aliases.append(alias_of(tensor))
+        return self._aliases[-1]
 
     def adopt(self, parameter: Tensor) -> None:
         """Make a real *parameter* pending, with the value that it has.
@@ -184,41 +95,34 @@ class Log:
         on_meta = torch.empty(value.nbytes() // parameter.itemsize, dtype=parameter.dtype, device=META)
         layout = parameter.size(), parameter.stride(), parameter.storage_offset()
         become(parameter, alias_of(on_meta.as_strided(*layout)))
-        self._add_empty(self._alias(parameter), device).value = value
+        self._add_empty(self.alias(parameter), device).value = value
 
-    def freeze(self, arguments: Any, keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call, with aliases of the pending tensors, which may change later."""
-        return replace((tuple(arguments), keywords), self._alias)  # type: ignore[no-any-return]
+    def _add_empty(self, tensor: Tensor, device: torch.device) -> Storage:
+        self._wrappers.append(tensor.untyped_storage())
+        length = self._wrappers[-1].nbytes() // tensor.itemsize
+        storage = Storage(torch.empty, length, tensor.dtype, device)
+        self.storages[storage_address(tensor)] = storage
+        return storage
 
     def write(
-        self,
-        storages: list[Storage],
-        function: Function,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-    ) -> Call:
-        """Put a call off that uses *storages*; its arguments are frozen, or hold whole storages."""
-        call = Call(next(self._orders), function, arguments, keywords, storages)
+        self, storages: list[Storage], call: Call, results: Sequence[Tensor] = (), device: torch.device = META
+    ) -> None:
+        """Put off a *call* that uses *storages*.
+
+        Args:
+            storages: Those among its arguments.
+            call: What it is called with does not change later: aliases, or storages for the whole of them.
+            results: What it will give: meta tensors, of new storages or of those among its arguments.
+            device: Of the new storages.
+        """
+        promised = tuple(map(self.alias, results)) if results else ()
+        for result in promised:
+            if self.find(result) is None:
+                storages = [*storages, self._add_empty(result, device)]
+        position = (len(self._entries),)
         for storage in storages:
-            if storage.calls is None:
-                storage.calls = [call]
-            else:
-                storage.calls.append(call)
-        return call
-
-    def promise(self, call: Call, results: Iterable[Tensor], device: torch.device) -> None:
-        """Say what *call* will give: meta tensors, of new storages or of those that it got."""
-        for result in results:
-            storage = self.find(result) or self._add_empty(result, device)
-            if storage not in call.storages:
-                call.storages.append(storage)
-                storage.calls = [call]
-            call.results += (self._alias(result),)
-
-    def _alias(self, tensor: Tensor) -> Tensor:
-        alias = alias_of(tensor)
-        self._aliases.append(alias)
-        return alias
+            storage.calls += position
+        self._entries.append(Entry(call, storages, promised))
 
     # Computing
 
@@ -240,55 +144,42 @@ class Log:
         Connected is more than needed: a call that only read the storage runs too. That keeps the rule simple
         enough to be right when tensors are overwritten after others were made from them.
         """
-        connected: set[Call] = set()
+        connected: set[int] = set()
         to_visit = [storage]
         while to_visit:
-            for call in to_visit.pop().calls or ():
-                if not call.is_done and call not in connected:
-                    connected.add(call)
-                    to_visit.extend(call.storages)
-        for call in sorted(connected, key=lambda call: call.order):
-            self._run(call)
+            visited = to_visit.pop()
+            for position in set(visited.calls) - connected:
+                to_visit += self._entries[position].storages
+            connected.update(visited.calls)
+            visited.calls = ()
+        for position in sorted(connected):
+            self._run(self._entries[position])
 
-    def _run(self, call: Call) -> None:
-        call.is_done = True
-        arguments, keywords = replace((call.arguments, call.keywords), self._real)
-        given = {storage.value._cdata for storage in call.storages if storage.value is not None}
-        default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(call.default_dtype)
-        try:
-            with torch._C.DisableTorchFunction():
-                result = self.streams.call(call.function, arguments, keywords, call.storages[0].device)
-                for promised, made in zip(call.results, tensors_in(result), strict=False):
-                    self._keep(promised, made, is_new=made.untyped_storage()._cdata not in given)
-        finally:
-            torch.set_default_dtype(default_dtype)
+    def _run(self, entry: Entry) -> None:
+        call = entry.call.replace(self._real, (Tensor, Storage))
+        with torch._C.DisableTorchFunction():
+            made = tensors_in(self.streams.run(call, entry.storages[0].device))
+            for promised, result in zip(entry.results, made, strict=False):
+                storage = self.storages[storage_address(promised)]
+                is_new = _use_count(storage_address(result)) == 1
+                if storage.value is None and is_new and _layout(result) == _layout(promised):
+                    self._set_value(storage, result)
+                elif storage_address(target := self._real(promised)) != storage_address(result):
+                    target.copy_(result)
 
-    def _real(self, part: Any) -> Tensor:
+    def _real(self, part: Tensor | Storage) -> Tensor:
         """The value of a whole storage, or of what a meta tensor shows of one."""
         storage = part if isinstance(part, Storage) else self.storages[storage_address(part)]
+        device = storage.device
         if storage.value is None:
-            options = {"dtype": storage.dtype, "device": storage.device}
-            made = self.streams.call(storage.factory, ([storage.length],), options, storage.device)
-            storage.value = made.untyped_storage()
-            self.made.add(storage.value)
-        if isinstance(part, Storage):
-            return torch.empty(0, dtype=storage.dtype, device=storage.device).set_(storage.value)
-        return view_of(storage.value, part)
+            begin = Call(storage.factory, ([storage.length],), {"dtype": storage.dtype, "device": device})
+            self._set_value(storage, self.streams.run(begin, device))
+        shown = (part.storage_offset(), part.size(), part.stride()) if isinstance(part, Tensor) else ()
+        return torch.empty(0, dtype=part.dtype, device=device).set_(storage.value, *shown)  # type: ignore
 
-    def _keep(self, promised: Tensor, made: Tensor, *, is_new: bool) -> None:
-        """Let *made* be the value of *promised*, in the layout that was promised."""
-        storage, value = self.storages[storage_address(promised)], made.untyped_storage()
-        if storage.value is None and is_new and _layout(made) == _layout(promised):
-            storage.value = value
-            self.made.add(value)
-        elif storage.value is None or storage.value._cdata != value._cdata:
-            if made.size() != promised.size():
-                raise PendingValueError(
-                    f"internal: a call promised the shape {tuple(promised.size())} "
-                    f"and gave {tuple(made.size())}"
-                )
-            self._real(promised).copy_(made)
+    def _set_value(self, storage: Storage, made: Tensor) -> None:
+        storage.value = made.untyped_storage()
+        self.made.add(storage.value)
 
     # At the end
 
@@ -297,18 +188,18 @@ class Log:
         counts = zip(self._handed_out, _reference_counts(self._handed_out), strict=True)
         return [tensor for tensor, count in counts if count > _UNSHARED and self.find(tensor) is not None]
 
-    def storages_with_unknown_users(self, known: Iterable[int]) -> set[int]:
-        """Addresses of pending storages with users that are neither in this log nor *known* by address."""
-        own = map(storage_address, itertools.chain(self._handed_out, self._aliases))
-        uses = Counter(itertools.chain(own, known, self._wrapped))
-        return {address for address in self.storages if _use_count(address) > uses[address]}
+    def has_unknown_users(self, known: Iterable[Tensor]) -> bool:
+        """Whether pending storages have users that are neither in this log nor *known*."""
+        addresses = map(storage_address, itertools.chain(self._handed_out, self._aliases, known))
+        users = sum(map(self.storages.__contains__, addresses)) + len(self._wrappers)
+        return sum(map(_use_count, self.storages)) > users
 
     def own_ids(self) -> set[int]:
-        return {id(tensor) for tensor in itertools.chain(self._handed_out, self._aliases)}
+        return set(map(id, itertools.chain(self._handed_out, self._aliases)))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+    return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 def _reference_counts(tensors: list[Tensor]) -> list[int]:

@@ -1,9 +1,10 @@
 """Random numbers for a block, so that the process's generators stay where they are."""
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from ._call import Call
 
 
 def names(text: str) -> frozenset[str]:
@@ -20,10 +21,6 @@ RANDOM = names(
 )
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", "")
-
-
 class Streams:
     """One generator per device; each starts where the global one stands and then moves alone."""
 
@@ -35,29 +32,23 @@ class Streams:
         """Whether the constructor called ``torch.manual_seed``: then it wants the global generator."""
         return torch.initial_seed() != self._seed
 
-    def call(
-        self,
-        function: Callable[..., Any],
-        arguments: Sequence[Any],
-        keywords: Mapping[str, Any],
-        device: torch.device,
-    ) -> Any:
-        """Call *function*; what it draws on *device* does not come from the global generator."""
-        if name_of(function) not in RANDOM or keywords.get("generator") is not None or device.type == "meta":
-            return function(*arguments, **keywords)
+    def run(self, call: Call, device: torch.device) -> Any:
+        """Make the *call*; what it draws on *device* does not come from the global generator."""
+        if call.name not in RANDOM or call.keywords.get("generator") is not None or device.type == "meta":
+            return call.run()
         generator = self._generator(device)
         try:
-            return function(*arguments, **{**keywords, "generator": generator})
+            return call.run(generator=generator)
         except TypeError:  # it takes no generator
             pass
         if device.type != "cpu":
             with torch.random.fork_rng(device_type=device.type):
-                return function(*arguments, **keywords)
+                return call.run()
         # The global generator is moved and put back. A thread that draws meanwhile draws from this stream.
         before = torch.default_generator.get_state()
         try:
             torch.default_generator.set_state(generator.get_state())
-            return function(*arguments, **keywords)
+            return call.run()
         finally:
             generator.set_state(torch.default_generator.get_state())
             torch.default_generator.set_state(before)
