@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from diffsynth_core_vram import AutoWrappedLinear, load_model
+from safetensors.torch import save_file
 from torch import nn
 
 FP8 = torch.float8_e4m3fn
@@ -77,6 +79,26 @@ def test_conversion_holds_one_tensor_twice(layers, managed):
     assert {p.dtype for p in model.parameters()} == {FP8 if managed else torch.bfloat16}
     assert source.reads == 6
     assert source.most == 1
+
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_memory_for_reading_is_given_back(tmp_path):
+    def one_layer():
+        return nn.Sequential(nn.Linear(6144, 4096, bias=False))
+
+    file = tmp_path / "model.safetensors"
+    save_file({"0.weight": torch.ones(4096, 6144)}, str(file))
+    before = held()
+    model = load_model(one_layer, file, module_map={nn.Linear: AutoWrappedLinear}, vram_config=IN_EIGHT_BITS)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights == 4096 * 6144  # in the file four times as much
+    assert held() - before < 2 * weights
 
 
 def test_progress_is_shown_on_a_terminal(layers, capsys, monkeypatch):

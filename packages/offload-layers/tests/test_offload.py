@@ -132,6 +132,22 @@ def test_every_parameter_belongs_to_one_layer() -> None:
     assert len(owned) == len(set(owned)) + 1  # the tied one, by both
 
 
+@pytest.mark.parametrize(("ram", "trims"), [("1GB", 1), (40_000, 0)], ids=["in memory", "on disk"])
+def test_a_source_gives_back_memory_once_nothing_is_left_to_be_read(ram: str | int, trims: int) -> None:
+    class Trimmed(CountingSource):
+        trims = 0
+
+        def trim(self) -> None:
+            self.trims += 1
+
+    state = plain().state_dict()
+    del state["head.weight"]  # tied: the source is extended by that name
+    source = Trimmed(state)
+    handle = offload(skeleton(), device="cpu", ram=ram, source=source)
+    assert source.trims == trims
+    assert torch.equal(handle(IDS), plain()(IDS))
+
+
 @pytest.mark.parametrize("ram", ["1GB", 120_000, 40_000])
 def test_results_are_those_of_the_plain_model(ram: str | int) -> None:
     handle = offload(skeleton(), device="cpu", ram=ram, source=checkpoint())

@@ -249,6 +249,37 @@ def test_managing_twice_is_refused() -> None:
     assert isinstance(model[0], AutoTorchModule)
 
 
+class Trimmed(CountingSource):
+    """A source that keeps memory for its next read."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.trims: list[int] = []  # how many tensors had been read each time
+
+    def trim(self) -> None:
+        self.trims.append(len(self.reads))
+
+
+def test_a_source_that_has_given_everything_gives_back_its_memory() -> None:
+    in_memory = {"offload_dtype": torch.bfloat16, "computation_dtype": torch.float32}
+    config = {"offload_device": "cpu", "computation_device": "cpu", **in_memory}
+    for model, name in (
+        (nn.Sequential(nn.Linear(4, 4)), "0."),  # managed layer by layer
+        (nn.Linear(4, 4), ""),  # managed as a whole
+    ):
+        source = Trimmed({name + key: value for key, value in nn.Linear(4, 4).state_dict().items()})
+        manage(model.to("meta"), {nn.Linear: AutoWrappedLinear}, config, source)
+        assert source.trims == [2]
+
+
+def test_a_source_that_is_read_in_each_forward_keeps_its_memory(disk_config: Config) -> None:
+    source = Trimmed({f"0.{key}": value for key, value in nn.Linear(4, 4).state_dict().items()})
+    model = nn.Sequential(nn.Linear(4, 4)).to("meta")
+    config = {**disk_config, "computation_device": "cpu"}
+    manage(model, {nn.Linear: AutoWrappedLinear}, config, source)(torch.randn(2, 4))
+    assert source.trims == []
+
+
 def test_something_else_than_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"manages a torch\.nn\.Module; got dict"):
         enable_vram_management({}, {}, {})  # type: ignore[arg-type]

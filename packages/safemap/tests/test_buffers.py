@@ -74,6 +74,20 @@ def test_a_much_larger_buffer_gives_its_tail_back() -> None:
     assert [int(tensor[-1]) for tensor in small] == [0, 1]
 
 
+def test_trimming_gives_back_what_is_not_lent_and_nothing_else() -> None:
+    pool = BufferPool()
+    kept = take(pool, 8 * MIB).fill_(3)
+    gone = take(pool, 64 * MIB)
+    del gone
+    assert pool.resident_nbytes == 72 * MIB
+    pool.trim()
+    assert pool.resident_nbytes == 8 * MIB
+    assert int(kept[0]) == int(kept[-1]) == 3
+    again = take(pool, 64 * MIB)
+    del again
+    assert pool.resident_nbytes == 72 * MIB  # it lends again as before
+
+
 def test_drop_free() -> None:
     pool = BufferPool()
     kept = take(pool, 8 * MIB)

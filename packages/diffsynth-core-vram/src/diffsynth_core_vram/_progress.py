@@ -40,6 +40,10 @@ class Watched(Mapping[str, Tensor]):
         info = getattr(self._source, "info", None)
         return self._source[name] if info is None else info(name)
 
+    def trim(self) -> None:
+        """Let the source give back memory that it keeps for the next read."""
+        getattr(self._source, "trim", lambda: None)()
+
     def __enter__(self) -> "Watched":
         self._bar = tqdm(
             desc=self._title,

@@ -48,3 +48,7 @@ class Shared(Mapping[str, Tensor]):
         first = self._aliases.get(name, name)
         info = getattr(self._source, "info", None)
         return self._source[first] if info is None else info(first)
+
+    def trim(self) -> None:
+        """Let the source give back memory that it keeps for the next read."""
+        getattr(self._source, "trim", lambda: None)()

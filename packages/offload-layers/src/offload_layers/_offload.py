@@ -32,7 +32,7 @@ from offload_layers._replace import disable_vram_management
 from offload_layers._report import report
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
-from offload_layers._source import Source, check_source, offered, with_ties
+from offload_layers._source import Source, check_source, offered, trim, with_ties
 from offload_layers._state import State
 from offload_layers._tier import Tier
 from offload_layers._verify import Verification, verify
@@ -199,6 +199,8 @@ def offload(
     present(model, target)
     handle = Offloaded(model, plan, layers)
     handle.onload()
+    if not any(layer.tier is Tier.DISK for layer in plan.layers):
+        trim(checked)
     _log.info("%s: %s", type(model).__name__, plan)
     return handle
 

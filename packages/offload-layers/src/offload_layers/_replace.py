@@ -15,7 +15,7 @@ from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import Placement, Policy, check_config_keys, parse_device, parse_limit
 from offload_layers._quantized import AutoWrappedQuantizedModule, check_quantize, is_quantized
 from offload_layers._schedule import Schedule
-from offload_layers._source import check_in_source, check_source, with_ties
+from offload_layers._source import check_in_source, check_source, trim, with_ties
 
 _log = logging.getLogger("offload_layers.replace")
 
@@ -92,6 +92,8 @@ def enable_vram_management(
         if not layers:
             classes = ", ".join(c.__name__ for c in module_map)
             _log.warning("%s has no module of the classes in module_map (%s)", type(model).__name__, classes)
+    if not policy.offload.is_disk:
+        trim(source)
     model.vram_management_enabled = True  # type: ignore[assignment]  # pipelines look for this
     return model
 

@@ -6,7 +6,8 @@ A source may offer more, and is asked for it by name:
   before anything is read or changed;
 * ``prefetch(names)``: tensors are brought closer before they are asked for;
 * ``read_into(name, out)``: fills a host tensor, which saves a copy on the way to an accelerator;
-* ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one.
+* ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one;
+* ``trim()``: memory that is kept for the next read goes back, since the weights have been read.
 """
 
 import difflib
@@ -30,6 +31,13 @@ def alone(source: Source | None) -> Source | None:
     """Return *source* such that reading from it takes one core, for reading beside a computation."""
     with_threads = offered(source, "with_threads")
     return source if with_threads is None else with_threads(1)
+
+
+def trim(source: Source | None) -> None:
+    """Tell *source* that nothing will be read from it soon."""
+    give_back = offered(source, "trim")
+    if give_back is not None:
+        give_back()
 
 
 def check_source(source: object) -> Source | None:
@@ -98,9 +106,11 @@ class TiedSource(Mapping[str, Tensor]):
         return self._aliases.get(name, name)
 
     def __getattr__(self, method: str) -> Any:
-        if method not in ("info", "prefetch", "read_into", "with_threads"):
+        if method not in ("info", "prefetch", "read_into", "trim", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
         offer = getattr(self._source, method)
+        if method == "trim":
+            return offer
         if method in ("info", "read_into"):
             return lambda name, *more: offer(self._aliases.get(name, name), *more)
         if method == "prefetch":

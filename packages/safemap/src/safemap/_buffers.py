@@ -10,7 +10,8 @@ Note [How much is kept]
     What the pool holds beyond the tensors alive is at most ``slack`` bytes more than was once needed at the
     same time, and never more than one largest tensor (or ``slack``).  A buffer that serves a much smaller
     tensor gives its tail back.  So a loop over a checkpoint peaks at its largest tensor plus ``slack``,
-    however often it runs.
+    however often it runs.  Nothing tells the pool that the loop was the last one: that is what
+    ``trim`` is for.
 """
 
 import ctypes
@@ -93,6 +94,12 @@ class BufferPool:
             self._lent[id(ref)] = ref, buffer, nbytes
         buffer.touch(nbytes, threads)  # it is this thread's own now
         return view
+
+    def trim(self) -> None:
+        """Return all memory that is not lent to the system, now."""
+        with self._lock:
+            self._collect()
+            self._shrink(0)
 
     def drop_free(self) -> None:
         """Return all memory that is not lent to the system, now and from now on."""

@@ -242,6 +242,14 @@ class DiskMap(Mapping[str, Tensor]):
             for entry in views:
                 self._reader.mappings.let_go(entry)
 
+    def trim(self) -> None:
+        """Give back the memory that is kept for the next large tensor: as much as the largest one takes.
+
+        For a map that lives on although nothing is to be read from it soon.  Tensors that were read stay
+        valid, and the map stays open.
+        """
+        self._reader.pool.trim()
+
     def with_threads(self, threads: int) -> "DiskMap":
         """Return the same map over the same open files, whose large tensors are read by *threads* threads.
 
