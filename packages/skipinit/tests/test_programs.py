@@ -100,7 +100,7 @@ def test_random_programs(seed: int) -> None:
         assert len(parameters) == len(list(plain.module.parameters())), number
         assert len(plain.tensors) == len(skipped.tensors), number
         for expected, found in zip(plain.tensors, skipped.tensors, strict=True):
-            assert found.is_meta == (id(found) in parameters), number
+            assert not found.is_meta or id(found) in parameters, number
             assert (found.dtype, found.stride()) == (expected.dtype, expected.stride()), number
             assert found.shape == expected.shape, number
             assert found.is_meta or torch.equal(found, expected), number
