@@ -347,6 +347,28 @@ def test_a_source_that_has_the_weights_in_memory_is_not_told() -> None:
     assert len(source.asked) > asked
 
 
+@pytest.mark.parametrize("views", [True, False])
+def test_a_source_of_views_is_told_however_fast_it_gives_them(views: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+    asked: list[str] = []
+
+    class Source(dict[str, Tensor]):
+        gives_views = views
+
+        def prefetch(self, names: list[str]) -> None:
+            asked.extend(names)
+
+    managed = enable_vram_management(
+        model, {nn.Linear: AutoWrappedLinear}, DISK, None, Source(model.state_dict())
+    )
+    x = torch.ones(1, 512)
+    managed(x)
+    managed(x)
+    asked.clear()
+    managed(x)
+    assert asked == (["2.weight", "3.weight", "0.weight", "1.weight"] if views else [])
+
+
 def test_for_a_device_with_a_bus_it_is_read_ahead_too() -> None:
     source = Asked(plain().state_dict())
     with FakeDevice().installed():

@@ -3,12 +3,15 @@
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safemap import DiskMap, MissingTensorError, _mapping, _pages, _prefetch
+from safemap._parallel import one_by_one
 from safemap.testing import assert_same
 from torch import Tensor
 
@@ -29,7 +32,8 @@ def resident_pages(tensor: Tensor) -> int:
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetch at once instead of in the background."""
-    monkeypatch.setattr(_prefetch, "in_background", lambda task: task())
+    for name in ("in_background", "one_by_one"):
+        monkeypatch.setattr(_prefetch, name, lambda task: task())
 
 
 @pytest.fixture
@@ -180,15 +184,15 @@ def test_computed_tensors_are_read_not_mapped(
 @linux
 def test_what_was_brought_in_is_not_asked_for_again(mapped: DiskMap, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(_prefetch, "in_background", lambda task: (asked.append(task), task()))
-    faults = iter([5] * 6 + [6] * 2 + [6] * 10)
-    monkeypatch.setattr(_mapping, "_count_major_faults", lambda: next(faults))
+    monkeypatch.setattr(_prefetch, "one_by_one", lambda task: (asked.append(task), task()))
+    faults = [5]
+    monkeypatch.setattr(_mapping, "_count_major_faults", lambda: faults[0])
     mapped.prefetch(["a", "b"])
     assert len(asked) == 1
     mapped.prefetch(["b"])
     mapped.prefetch(["a", "b"])  # nothing was missing since
     assert len(asked) == 1
-    next(faults)
+    faults[0] = 6
     mapped.prefetch(["a", "b"])  # the system has taken some page back
     assert len(asked) == 2
     mapped.prefetch(["a"])
@@ -200,3 +204,66 @@ def test_what_was_brought_in_is_not_asked_for_again(mapped: DiskMap, monkeypatch
 
 def test_a_map_of_views_needs_no_other_threads(mapped: DiskMap) -> None:
     assert mapped.with_threads(1) is mapped
+
+
+@linux
+def test_a_view_of_what_is_to_be_brought_in_does_not_wait_for_its_turn(
+    mapped: DiskMap, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[Any] = []
+    monkeypatch.setattr(_prefetch, "one_by_one", later.append)
+    mapped.prefetch(["a", "b"])
+    view = mapped["b"]
+    pages = -(-(view.data_ptr() % PAGE + view.nbytes) // PAGE)
+    assert resident_pages(view) == pages
+    assert_same(view, weights["b"])
+    brought: list[int] = []
+    own = _mapping.bring_in
+    monkeypatch.setattr(
+        _mapping, "bring_in", lambda *given: (brought.append(given[3] - given[2]), own(*given))[1]
+    )
+    for task in later:
+        task()
+    assert brought == [mapped.info("a").nbytes]  # the other is there
+    assert resident_pages(mapped["a"]) >= pages - 1
+
+
+@linux
+def test_pages_are_read_before_they_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)) * 4096)
+    read: list[tuple[int, int]] = []
+    own = os.sendfile
+    monkeypatch.setattr(
+        os, "sendfile", lambda out, fd, start, n: (read.append((start, n)), own(out, fd, start, n))[1]
+    )
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        assert _pages.bring_in(memory, file.fileno(), 5000, 500_000)
+        assert read[0] == (4096, 500_000 - 4096)
+        os.truncate(path, 100_000)
+        assert not _pages.bring_in(memory, file.fileno(), 0, 500_000)  # no page there, and nobody dies
+    monkeypatch.setattr(os, "sendfile", _refuse)
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        assert _pages.bring_in(memory, file.fileno(), 0, 1 << 20)  # it is slower, that is all
+
+
+def _refuse(*_: object) -> int:
+    raise OSError("not here")
+
+
+def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
+    begun: list[int] = []
+    gate, done = threading.Event(), threading.Event()
+
+    def first() -> None:
+        gate.wait(10)
+        begun.append(1)
+
+    one_by_one(first)
+    one_by_one(lambda: (begun.append(2), done.set()))
+    gate.set()
+    assert done.wait(10)
+    assert begun == [1, 2]

@@ -225,7 +225,7 @@ class Residency(Resting):
         start = perf_counter()
         fetched = self._fetch_aside(self._reader_source)
         nbytes = self._new_nbytes(self.policy.computation)
-        if self.schedule is not None and nbytes >= _TELLING_NBYTES:
+        if self.schedule is not None and nbytes >= _TELLING_NBYTES and not self._gives_views:
             self.schedule.prefetcher.took(nbytes, perf_counter() - start)
         return fetched
 

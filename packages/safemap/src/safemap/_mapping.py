@@ -14,6 +14,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _CALLS = itertools.count(1)
+_Place = tuple[File, int]  # the offset
 
 # without it the kernel may refuse to map a file larger than memory, as if all of it were to be written
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -59,7 +61,8 @@ class Mappings:
         self._maps: dict[File, mmap.mmap] = {}
         # with those that were renewed or dropped, while views keep them
         self._alive: dict[File, weakref.WeakSet[mmap.mmap]] = {}
-        self._brought_in: set[tuple[File, int]] = set()  # with the offset; see Note [Brought in once]
+        self._brought_in: set[_Place] = set()  # see Note [Brought in once]
+        self._expected: set[_Place] = set()  # will be brought in, by another thread
         self._major_faults = 0
         self._lock = ForkSafeLock()
 
@@ -67,16 +70,25 @@ class Mappings:
         """Return a view of stored elements, flat, or None where their position is not aligned."""
         if not _can_view(layout, dtype, offset):
             return None
+        if (file, offset) in self._expected:  # rather than page by page, as it is used
+            self.bring_in((file, layout, offset))
         memory = self._map_of(file, layout.nbytes // dtype.itemsize)
         return torch.frombuffer(memory, dtype=dtype, count=layout.nbytes // dtype.itemsize, offset=offset)
 
-    def lacks(self, entry: Entry) -> bool:
-        """Whether the pages of a tensor may have to be brought in; see Note [Brought in once]."""
+    def expect(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return what has to be brought in, and take note that it will be. See Note [Brought in once]."""
         faults = _count_major_faults()
         if faults != self._major_faults:
             self._major_faults = faults
             self._brought_in = set()
-        return entry[::2] not in self._brought_in
+        brought_in = self._brought_in
+        lacking = [entry for entry in entries if entry[::2] not in brought_in]
+        self._expected.update(entry[::2] for entry in lacking)
+        return lacking
+
+    def expects(self, entry: Entry) -> bool:
+        """Whether a tensor is still to be brought in."""
+        return entry[::2] in self._expected
 
     def bring_in(self, entry: Entry) -> bool:
         """Map the pages of a tensor before a view of it is read; that may take as long as reading the disk.
@@ -85,10 +97,12 @@ class Mappings:
             False if the system cannot do that, or the tensor will not be a view.
         """
         file, layout, offset = entry
+        self._expected.discard((file, offset))
         if layout.dtype is None or not _can_view(layout, layout.dtype, offset):
             return False
         brought_in = self._brought_in  # a new set may take its place meanwhile: then this was in vain
-        if not bring_in(self._map_of(file, 0), offset, offset + layout.nbytes):
+        memory = self._map_of(file, 0)
+        if not bring_in(memory, file.open().fd, offset, offset + layout.nbytes):
             return False
         brought_in.add((file, offset))
         return True

@@ -5,6 +5,12 @@ Note [Pages that were written]
     what is in the file.  ``/proc/self/pagemap`` tells copies (anonymous pages) from pages of the file, and
     only the latter are dropped; they come back from the page cache when they are read again.  Where the
     kernel does not tell, nothing is dropped.
+
+Note [Read before mapped]
+    Mapping pages that are not in memory reads them by the way, in single small pages.  A read in sequence
+    gets them in large folios, which take a tenth of the processor's time to bring in and to map (measured
+    for 2 GB: 0.05 s against 0.4 to 0.7), and the disk is 1.4 to 1.9 times as fast.  So pages are read first:
+    by sending them to ``/dev/null``, which copies nothing.
 """
 
 import contextlib
@@ -12,6 +18,7 @@ import ctypes
 import errno
 import itertools
 import mmap
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,8 +47,8 @@ def find_madvise() -> Callable[[int, int, int], int] | None:
 _madvise = find_madvise()
 
 
-def bring_in(memory: mmap.mmap, start: int, stop: int) -> bool:
-    """Map the pages of ``memory[start:stop]``, reading from disk what is not in the page cache.
+def bring_in(memory: mmap.mmap, fd: int, start: int, stop: int) -> bool:
+    """Map the pages of ``memory[start:stop]``, of the file *fd*, reading from disk what is not in memory.
 
     Nothing is copied, and a file that was truncated cannot kill the process here.
 
@@ -53,10 +60,22 @@ def bring_in(memory: mmap.mmap, start: int, stop: int) -> bool:
     start, address = start - start % mmap.PAGESIZE, _address(memory)
     for position in range(start, stop, _STEP):
         length = min(_STEP, stop - position)
+        _read(fd, position, length)
         while _madvise(address + position, length, _POPULATE_READ):
             if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
                 return False
     return True
+
+
+def _read(fd: int, start: int, nbytes: int) -> None:
+    """Have the kernel read bytes into its page cache in sequence; see Note [Read before mapped]."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb", buffering=0) as nowhere:
+        stop = start + nbytes
+        while start < stop:
+            sent = os.sendfile(nowhere.fileno(), fd, start, stop - start)
+            if not sent:  # the file has become shorter
+                return
+            start += sent
 
 
 def let_go(memory: mmap.mmap, start: int, stop: int) -> None:

@@ -12,6 +12,7 @@ Piece = TypeVar("Piece")
 _MAX_THREADS = 8
 
 _executor: ThreadPoolExecutor | None = None
+_single: ThreadPoolExecutor | None = None
 
 
 def default_threads() -> int:
@@ -50,6 +51,14 @@ def in_background(task: Callable[[], object]) -> None:
     _helpers().submit(task)
 
 
+def one_by_one(task: Callable[[], object]) -> None:
+    """Run *task* in the background when all that were given here before are done."""
+    global _single
+    if _single is None:
+        _single = ThreadPoolExecutor(1, thread_name_prefix="safemap-one-by-one")
+    _single.submit(task)
+
+
 def _helpers() -> ThreadPoolExecutor:
     global _executor
     if _executor is None:
@@ -58,8 +67,8 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _forget_helpers() -> None:
-    global _executor
-    _executor = None  # a forked child has the object, but not its threads
+    global _executor, _single
+    _executor = _single = None  # a forked child has the object, but not its threads
 
 
 if hasattr(os, "register_at_fork"):

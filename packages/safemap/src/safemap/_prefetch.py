@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from safemap._errors import SafemapError
 from safemap._layout import Entry
 from safemap._mapping import Mappings
-from safemap._parallel import in_background
+from safemap._parallel import in_background, one_by_one
 from safemap._readahead import CAN_ASK, ask_for
 
 
@@ -19,20 +19,27 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
         mappings: None if there are no views.
     """
 
-    def work() -> None:
+    def ask() -> None:
         with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
-            for entry in stored:
-                if mappings is None or not mappings.bring_in(entry):
-                    _advise(entry)
-            for entry in parts:
-                _advise(entry)
+            for entry in (*asked, *parts):
+                _ask(entry)
 
-    if mappings is not None:
-        stored = [entry for entry in stored if mappings.lacks(entry)]
-    if CAN_ASK and (stored or parts):
-        in_background(work)
+    def bring_in() -> None:
+        with contextlib.suppress(SafemapError, OSError):
+            for entry in expected:
+                if mappings is not None and mappings.expects(entry) and not mappings.bring_in(entry):
+                    _ask(entry)
+
+    if not CAN_ASK:
+        return
+    asked = stored if mappings is None else ()
+    expected = () if mappings is None else mappings.expect(stored)
+    if asked or parts:
+        in_background(ask)
+    if expected:
+        one_by_one(bring_in)
 
 
-def _advise(entry: Entry) -> None:
+def _ask(entry: Entry) -> None:
     file, layout, offset = entry
     ask_for(file, offset, offset + layout.nbytes)
