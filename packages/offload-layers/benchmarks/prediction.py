@@ -46,7 +46,7 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     ram = int(share * nbytes)
     side, text = TOKENS[tokens]
-    rows = (side * side + text) // 2  # images and text go through layers of their own, equally large ones
+    rows = side * side + text
     planned = plan(files(folder), device="cpu", ram=ram, rows=rows)
     predicted = planned.predict()
     assert predicted is not None

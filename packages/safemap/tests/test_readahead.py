@@ -25,7 +25,6 @@ class Disk:
         self.cached_from = 0  # bytes from here on are cached
         self.asked: list[tuple[int, int]] = []
         self.probes = 0
-        monkeypatch.setattr(_readahead, "own_window_kib", lambda device: 128)
         monkeypatch.setattr(os, "preadv", self._preadv)
         monkeypatch.setattr(os, "posix_fadvise", self._advise)
 
@@ -63,22 +62,6 @@ def test_nothing_is_asked_of_a_warm_file(file: File, disk: Disk) -> None:
         ahead.before(file, position * MIB, 10 * MIB)
     assert disk.asked == []
     assert disk.probes == 4
-
-
-def test_a_device_that_reads_far_ahead_by_itself_is_left_alone(
-    file: File, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_readahead, "own_window_kib", lambda device: 8192)
-    disk.cached_from = 300 * MIB
-    ahead = ReadAhead()
-    for position in (0, 10, 100):
-        ahead.before(file, position * MIB, 10 * MIB)
-    assert disk.asked == []
-    assert disk.probes == 0
-
-
-def test_what_the_system_does_not_tell_is_no_window() -> None:
-    assert _readahead.own_window_kib(os.makedev(4000, 4000)) == 0
 
 
 def test_reads_anywhere_ask_for_themselves(file: File, disk: Disk) -> None:
