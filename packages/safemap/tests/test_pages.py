@@ -267,3 +267,17 @@ def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
     gate.set()
     assert done.wait(10)
     assert begun == [1, 2]
+
+
+@linux
+def test_a_map_that_was_closed_brings_nothing_in(mapped: DiskMap, monkeypatch: pytest.MonkeyPatch) -> None:
+    later: list[Any] = []
+    monkeypatch.setattr(_prefetch, "one_by_one", later.append)
+    mapped.prefetch(["a", "b"])
+    mapped.close()
+    brought: list[object] = []
+    monkeypatch.setattr(_mapping, "bring_in", lambda *given: brought.append(given))
+    for task in later:
+        task()
+    assert len(later) == 1
+    assert brought == []

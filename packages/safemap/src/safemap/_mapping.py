@@ -121,6 +121,7 @@ class Mappings:
         with self._lock:
             self._maps = {}
             self._brought_in = set()
+            self._expected = set()  # what another thread still has before it would open files again
 
     def _map_of(self, file: File, elements: int) -> mmap.mmap:
         """Return the mapping, of which *elements* will be read."""
