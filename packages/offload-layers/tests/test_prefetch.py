@@ -334,27 +334,12 @@ def test_beside_a_computation_on_the_cpu_a_source_is_only_told() -> None:
     assert prefetcher(model).ahead_nbytes() == 0
 
 
-def test_a_source_that_has_the_weights_in_memory_is_not_told() -> None:
-    source = Asked(plain().state_dict())
-    model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
-    model(X)
-    prefetcher(model).took(10**9, 0.1)
-    asked = len(source.asked)
-    model(X)
-    assert len(source.asked) == asked
-    prefetcher(model).took(10**9, 10.0)
-    assert torch.equal(model(X), plain()(X))
-    assert len(source.asked) > asked
-
-
-@pytest.mark.parametrize("views", [True, False])
-def test_a_source_of_views_is_told_however_fast_it_gives_them(views: bool) -> None:
+def test_a_source_is_told_however_fast_it_gives_tensors() -> None:
+    """Disks may be faster than some page caches; what there is to ask for is known to the source."""
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     asked: list[str] = []
 
     class Source(dict[str, Tensor]):
-        gives_views = views
-
         def prefetch(self, names: list[str]) -> None:
             asked.extend(names)
 
@@ -366,7 +351,7 @@ def test_a_source_of_views_is_told_however_fast_it_gives_them(views: bool) -> No
     managed(x)
     asked.clear()
     managed(x)
-    assert asked == (["2.weight", "3.weight", "0.weight", "1.weight"] if views else [])
+    assert asked == ["2.weight", "3.weight", "0.weight", "1.weight"]
 
 
 def test_for_a_device_with_a_bus_it_is_read_ahead_too() -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safemap import _first_touch
+from safemap import _first_touch, _madvise
 from safemap._buffers import BufferPool
 from safemap._first_touch import FirstTouch
 
 MIB = 1 << 20
-HUGE, SMALL, POPULATE = _first_touch._HUGE, _first_touch._SMALL, _first_touch._POPULATE_WRITE
+HUGE, SMALL, POPULATE = _madvise.HUGE_PAGES, _madvise.SMALL_PAGES, _madvise.POPULATE_WRITE
 
 
 class Kernel:

@@ -32,8 +32,7 @@ def resident_pages(tensor: Tensor) -> int:
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetch at once instead of in the background."""
-    for name in ("in_background", "one_by_one"):
-        monkeypatch.setattr(_prefetch, name, lambda task: task())
+    monkeypatch.setattr(_prefetch, "one_by_one", lambda task: task())
 
 
 @pytest.fixture
@@ -186,7 +185,7 @@ def test_what_was_brought_in_is_not_asked_for_again(mapped: DiskMap, monkeypatch
     asked: list[object] = []
     monkeypatch.setattr(_prefetch, "one_by_one", lambda task: (asked.append(task), task()))
     faults = [5]
-    monkeypatch.setattr(_mapping, "_count_major_faults", lambda: faults[0])
+    monkeypatch.setattr(_mapping.blocks, "major_faults", lambda: faults[0])
     mapped.prefetch(["a", "b"])
     assert len(asked) == 1
     mapped.prefetch(["b"])
@@ -229,7 +228,10 @@ def test_a_view_of_what_is_to_be_brought_in_does_not_wait_for_its_turn(
 
 
 @linux
-def test_pages_are_read_before_they_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_blocks_pages_are_read_in_sequence_before_they_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pages.blocks, "_is_possible", False)
     path = tmp_path / "bytes"
     path.write_bytes(bytes(range(256)) * 4096)
     read: list[tuple[int, int]] = []

@@ -291,6 +291,20 @@ def test_one_tensor_by_several_threads(threads: int, tmp_path: Path, save) -> No
     assert_same(DiskMap(disk_map.files, torch_dtype=torch.float64, threads=threads)["t"], tensor.double())
 
 
+def test_prefetch_of_what_is_cached_wakes_no_thread(path: str, tensors: dict, monkeypatch) -> None:
+    from safemap import _prefetch
+
+    asked: list[object] = []
+    monkeypatch.setattr(_prefetch, "one_by_one", asked.append)
+    monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: True)
+    with DiskMap(path) as disk_map:
+        disk_map.prefetch(tensors)
+        assert asked == []
+        monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: None)  # it cannot be told
+        disk_map.prefetch(["scale"])
+        assert len(asked) == 1
+
+
 def test_prefetch_asks_for_every_byte_in_small_requests(
     path: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +321,8 @@ def test_prefetch_asks_for_every_byte_in_small_requests(
         asked.update(range(offset, offset + length))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(_prefetch, "in_background", lambda task: task())
+    monkeypatch.setattr(_prefetch, "one_by_one", lambda task: task())
+    monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: False)
     with DiskMap(path) as disk_map:
         disk_map.prefetch(["embedding", "scale", "empty"])
         infos = [disk_map.info(name) for name in ("embedding", "scale")]

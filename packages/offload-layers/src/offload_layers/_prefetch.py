@@ -29,10 +29,6 @@ MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Fingerprint]]]
 #: of the largest layer: how much is fetched ahead
 LARGEST_AHEAD = 2
 
-#: a source that gives weights faster than this needs no telling: they are in memory. Measured: page caches
-#: give 3 to 8 GB/s, the disks of these machines up to 2
-_WARM_BYTES_PER_S = 2e9
-
 
 class Fetchable(Protocol):
     """A layer, as its prefetcher sees it."""
@@ -152,7 +148,6 @@ class Prefetcher:
         self._local = threading.local()
         self._queues: weakref.WeakSet[_Queue] = weakref.WeakSet()
         self._largest = 0
-        self._is_warm = False
 
     @property
     def window(self) -> int:
@@ -199,8 +194,7 @@ class Prefetcher:
                 if not nbytes or following is layer or any(a.layer == place[1] for a in queue.ordered):
                     continue
                 if following.only_asks_ahead:
-                    if not self._is_warm:
-                        following.ask_ahead()
+                    following.ask_ahead()
                     ahead = _Ahead(weakref.ref(following), None, nbytes)
                 else:
                     lease = following.lease_ahead()
@@ -209,10 +203,6 @@ class Prefetcher:
                     ahead = self._ahead(following, nbytes, lease)
                 queue.add(ahead)
                 queue.end = place
-
-    def took(self, nbytes: int, seconds: float) -> None:
-        """Learn how long a layer has waited for its source."""
-        self._is_warm = nbytes > _WARM_BYTES_PER_S * seconds
 
     def forget(self) -> None:
         """Drop everything that was fetched ahead."""

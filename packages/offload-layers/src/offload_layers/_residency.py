@@ -25,7 +25,6 @@ from offload_layers._uncompiled import uncompiled
 from offload_layers._weight import Weight
 
 Result = TypeVar("Result")
-_TELLING_NBYTES = 1 << 20  # the time that smaller layers take is that of the calls
 
 
 class Residency(Resting):
@@ -205,7 +204,7 @@ class Residency(Resting):
 
         def fetch() -> tuple[list[Tensor], Mark]:
             if not differentiable:
-                return self._fetch_alone() if self.only_asks_ahead else self._fetch_aside(self.source)
+                return self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
             return [self._computable(weight, differentiable=True) for weight in self.weights], None
 
         try:
@@ -219,15 +218,6 @@ class Residency(Resting):
         counters.own_nbytes += self._moving_nbytes()
         counters.waited_s += perf_counter() - begin
         return Fetched(tensors, borrowed, made_from, ready)
-
-    def _fetch_alone(self) -> tuple[list[Tensor], Mark]:
-        """Copy on this core while the others have a rest, and tell the prefetcher how long it took."""
-        start = perf_counter()
-        fetched = self._fetch_aside(self._reader_source)
-        nbytes = self._new_nbytes(self.policy.computation)
-        if self.schedule is not None and nbytes >= _TELLING_NBYTES and not self._gives_views:
-            self.schedule.prefetcher.took(nbytes, perf_counter() - start)
-        return fetched
 
     def _fetch_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         """Copy in the device's second queue: also the computation's own thread is ahead of the device."""

@@ -21,7 +21,7 @@ from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
 from offload_layers._shared import SharedCopies
-from offload_layers._source import Source, gives_views, offered
+from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack
@@ -97,7 +97,6 @@ class Resting:
         self._source = source  # copies made from another one are not current any more: see ``at_rest``
         self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
         self._ask_source = offered(self._reader_source, "prefetch")
-        self._gives_views = gives_views(source)
         self._moving = (-1, 0)  # for this version of the tiers, the bytes that are moved for a staged copy
         for weight in self.weights:
             weight.as_read = None

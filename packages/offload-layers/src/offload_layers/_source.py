@@ -5,7 +5,6 @@ A source may offer more, and is asked for it by name:
 * ``info(name)``, an object with ``dtype`` and ``shape``: a model is then checked against its checkpoint
   before anything is read or changed;
 * ``prefetch(names)``: tensors are brought closer before they are asked for;
-* ``gives_views``: true if what it gives may still be on disk, and comes when it is used;
 * ``read_into(name, out)``: fills a host tensor, which saves a copy on the way to an accelerator;
 * ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one;
 * ``trim()``: memory that is kept for the next read goes back, since the weights have been read.
@@ -26,11 +25,6 @@ Source = Mapping[str, Tensor]
 def offered(source: Source | None, method: str) -> Callable[..., Any] | None:
     """Return a method that not every source has, or None."""
     return getattr(source, method, None)
-
-
-def gives_views(source: Source | None) -> bool:
-    """Whether bytes from *source* may come from disk only when they are used."""
-    return bool(getattr(source, "gives_views", False))
 
 
 def alone(source: Source | None) -> Source | None:
@@ -112,10 +106,10 @@ class TiedSource(Mapping[str, Tensor]):
         return self._aliases.get(name, name)
 
     def __getattr__(self, method: str) -> Any:
-        if method not in ("gives_views", "info", "prefetch", "read_into", "trim", "with_threads"):
+        if method not in ("info", "prefetch", "read_into", "trim", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
         offer = getattr(self._source, method)
-        if method in ("gives_views", "trim"):
+        if method == "trim":
             return offer
         if method in ("info", "read_into"):
             return lambda name, *more: offer(self._aliases.get(name, name), *more)

@@ -14,11 +14,9 @@ import itertools
 import mmap
 from time import perf_counter
 
-from safemap._pages import find_madvise
+from safemap._madvise import HUGE_PAGES, POPULATE_WRITE, SMALL_PAGES, address_of, find_madvise
 from safemap._parallel import for_each
 
-_POPULATE_WRITE = 23  # Source: asm-generic/mman-common.h, since Linux 5.14; Python does not have it
-_HUGE, _SMALL = getattr(mmap, "MADV_HUGEPAGE", 14), getattr(mmap, "MADV_NOHUGEPAGE", 15)
 _STEP = 8 << 20  # bytes of one call: enough to be timed, little enough to be wrong with
 _HUGE_PAGE = 2 << 20
 _RETRY = 64  # steps after which the way that was slower is tried again
@@ -38,7 +36,7 @@ class FirstTouch:
         """Get pages for ``memory[start:stop]``, which is private and anonymous, if that can be done here."""
         if self._madvise is None:
             return
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        base = address_of(memory)
         begin, end = base + start - start % mmap.PAGESIZE, base + stop
         inner = range(begin // _STEP * _STEP + _STEP, end, _STEP)  # steps end where huge pages do
         for_each(self._populate, list(itertools.pairwise((begin, *inner, end))), threads)
@@ -51,7 +49,7 @@ class FirstTouch:
         self._madvise(begin, end - begin, kind)
         if not self._can_populate:
             return
-        if self._madvise(begin, end - begin, _POPULATE_WRITE):
+        if self._madvise(begin, end - begin, POPULATE_WRITE):
             if ctypes.get_errno() == errno.EINVAL:  # an older kernel, where huge pages are worth asking for
                 self._can_populate = False
             return  # the pages come, or the lack of them is felt, when they are written
@@ -60,13 +58,13 @@ class FirstTouch:
             self._costs[kind] = cost + _MEMORY * (self._costs.get(kind, cost) - cost)
 
     def _kind(self) -> int:
-        for untried in (_HUGE, _SMALL):
+        for untried in (HUGE_PAGES, SMALL_PAGES):
             if untried not in self._costs:
                 return untried
-        is_huge = self._costs[_HUGE] <= self._costs[_SMALL]
+        is_huge = self._costs[HUGE_PAGES] <= self._costs[SMALL_PAGES]
         if next(self._steps) % _RETRY == 0:
             is_huge = not is_huge
-        return _HUGE if is_huge else _SMALL
+        return HUGE_PAGES if is_huge else SMALL_PAGES
 
 
 #: of this process: what is learned holds for all of its memory

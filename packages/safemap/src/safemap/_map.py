@@ -265,11 +265,6 @@ class DiskMap(Mapping[str, Tensor]):
         return twin
 
     @property
-    def gives_views(self) -> bool:
-        """Whether tensors may be views, whose bytes come from disk when they are used."""
-        return self._reader.mappings is not None
-
-    @property
     def metadata(self) -> Mapping[str, str]:
         """Metadata of the files; where shards differ, lists are united and the later file wins otherwise."""
         return MappingProxyType(self._index.metadata)

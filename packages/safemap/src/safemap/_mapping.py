@@ -9,7 +9,6 @@ Note [Brought in once]
     again only if the process has met pages since that were not in memory (major faults), or has let it go.
 """
 
-import itertools
 import mmap
 import os
 import sys
@@ -19,21 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from safemap._blocks import blocks
 from safemap._file import File
 from safemap._layout import Entry, Layout
 from safemap._locks import ForkSafeLock
+from safemap._madvise import NORESERVE
 from safemap._pages import bring_in, let_go
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
-_CALLS = itertools.count(1)
 _Place = tuple[File, int]  # the offset
-
-# without it the kernel may refuse to map a file larger than memory, as if all of it were to be written
-_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 def renewal_elements(explicit: int | None) -> int:
@@ -77,7 +69,7 @@ class Mappings:
 
     def expect(self, entries: Sequence[Entry]) -> list[Entry]:
         """Return what has to be brought in, and take note that it will be. See Note [Brought in once]."""
-        faults = _count_major_faults()
+        faults = blocks.major_faults()
         if faults != self._major_faults:
             self._major_faults = faults
             self._brought_in = set()
@@ -140,11 +132,6 @@ class Mappings:
         return memory
 
 
-def _count_major_faults() -> int:
-    """Return how often this process has waited for a page; a new number each time where nobody counts."""
-    return next(_CALLS) if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-
-
 def _can_view(layout: Layout, dtype: torch.dtype, offset: int) -> bool:
     return layout.nbytes > 0 and offset % dtype.itemsize == 0 and layout.stride is None
 
@@ -156,5 +143,5 @@ def _map(fd: int) -> mmap.mmap:
         {"trackfd": False} if sys.version_info >= (3, 13) else {}
     )  # else it keeps a descriptor of its own
     return mmap.mmap(
-        fd, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **options
+        fd, 0, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **options
     )

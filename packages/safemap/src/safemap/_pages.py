@@ -7,10 +7,9 @@ Note [Pages that were written]
     kernel does not tell, nothing is dropped.
 
 Note [Read before mapped]
-    Mapping pages that are not in memory reads them by the way, in single small pages.  A read in sequence
-    gets them in large folios, which take a tenth of the processor's time to bring in and to map (measured
-    for 2 GB: 0.05 s against 0.4 to 0.7), and the disk is 1.4 to 1.9 times as fast.  So pages are read first:
-    by sending them to ``/dev/null``, which copies nothing.
+    Mapping pages that are not in memory reads them by the way, in single small pages.  So they are read
+    first, in blocks (see ``_blocks``); or, where that is not possible, in sequence: by sending them to
+    ``/dev/null``, which copies nothing.  Large pages are mapped in a tenth of the processor's time, too.
 """
 
 import contextlib
@@ -19,29 +18,16 @@ import errno
 import itertools
 import mmap
 import os
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_POPULATE_READ = 22  # Source: asm-generic/mman-common.h, since Linux 5.14; Python does not have it
-_STEP = 4 << 20  # bytes of one call: others that change the address space wait no longer than that
+from safemap._blocks import STEP, blocks
+from safemap._madvise import POPULATE_READ, address_of, find_madvise
+
 # Source: Documentation/admin-guide/mm/pagemap.rst
 _SWAPPED, _OF_FILE = 62, 61
 _PAGEMAP_ENTRY_BYTES = 8
-
-
-def find_madvise() -> Callable[[int, int, int], int] | None:
-    """Return the system call; unlike ``mmap.madvise`` it lets other Python threads run."""
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None, use_errno=True).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 _madvise = find_madvise()
@@ -57,17 +43,19 @@ def bring_in(memory: mmap.mmap, fd: int, start: int, stop: int) -> bool:
     """
     if _madvise is None:
         return False
-    start, address = start - start % mmap.PAGESIZE, _address(memory)
-    for position in range(start, stop, _STEP):
-        length = min(_STEP, stop - position)
-        _read(fd, position, length)
-        while _madvise(address + position, length, _POPULATE_READ):
-            if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
-                return False
+    start, address = start - start % mmap.PAGESIZE, address_of(memory)
+    for position in range(start, stop, STEP):
+        length = min(STEP, stop - position)
+        if not blocks.are_read(memory):
+            _read_in_sequence(fd, position, length)
+        with blocks.watched():
+            while _madvise(address + position, length, POPULATE_READ):
+                if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+                    return False
     return True
 
 
-def _read(fd: int, start: int, nbytes: int) -> None:
+def _read_in_sequence(fd: int, start: int, nbytes: int) -> None:
     """Have the kernel read bytes into its page cache in sequence; see Note [Read before mapped]."""
     with contextlib.suppress(OSError), open(os.devnull, "wb", buffering=0) as nowhere:
         stop = start + nbytes
@@ -83,7 +71,7 @@ def let_go(memory: mmap.mmap, start: int, stop: int) -> None:
     if _madvise is None:
         return
     start -= start % mmap.PAGESIZE
-    address = _address(memory) + start
+    address = address_of(memory) + start
     pages = -(-(stop - start) // mmap.PAGESIZE)
     with contextlib.suppress(OSError):  # no /proc
         written = _written(address, pages)
@@ -104,7 +92,3 @@ def _written(address: int, pages: int) -> Tensor:
     entries = torch.frombuffer(raw, dtype=torch.int64)
     is_there = (entries < 0) | ((entries >> _SWAPPED) & 1).bool()  # bit 63, present, is the sign
     return is_there & ~((entries >> _OF_FILE) & 1).bool()
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -46,11 +46,6 @@ def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: in
             future.result()
 
 
-def in_background(task: Callable[[], object]) -> None:
-    """Run *task* in one of the threads, some time soon."""
-    _helpers().submit(task)
-
-
 def one_by_one(task: Callable[[], object]) -> None:
     """Run *task* in the background when all that were given here before are done."""
     global _single

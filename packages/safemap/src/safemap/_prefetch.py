@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from safemap._errors import SafemapError
 from safemap._layout import Entry
 from safemap._mapping import Mappings
-from safemap._parallel import in_background, one_by_one
-from safemap._readahead import CAN_ASK, ask_for
+from safemap._parallel import one_by_one
+from safemap._readahead import CAN_ASK, ask_for, is_cached
 
 
 def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings | None) -> None:
-    """Ask the kernel for bytes of files, in the background; without a kernel that can, do nothing.
+    """Start bringing bytes of files closer, on another thread; without a kernel that can, do nothing.
 
     Args:
         stored: Tensors, which with *mappings* will be views.
@@ -19,25 +19,28 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
         mappings: None if there are no views.
     """
 
-    def ask() -> None:
-        with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
-            for entry in (*asked, *parts):
-                _ask(entry)
-
     def bring_in() -> None:
-        with contextlib.suppress(SafemapError, OSError):
-            for entry in expected:
+        with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
+            for entry in read:
+                _ask(entry)
+            for entry in mapped:
                 if mappings is not None and mappings.expects(entry) and not mappings.bring_in(entry):
                     _ask(entry)
 
     if not CAN_ASK:
         return
-    asked = stored if mappings is None else ()
-    expected = () if mappings is None else mappings.expect(stored)
-    if asked or parts:
-        in_background(ask)
-    if expected:
-        one_by_one(bring_in)
+    whole = [*stored, *parts] if mappings is None else parts
+    with contextlib.suppress(SafemapError, OSError):
+        read = [entry for entry in whole if not _is_cached(entry)]
+        mapped = [] if mappings is None else mappings.expect(stored)
+        if read or mapped:
+            one_by_one(bring_in)
+
+
+def _is_cached(entry: Entry) -> bool:
+    """Tell whether a tensor need not be asked for: then no other thread has to be woken up."""
+    file, layout, offset = entry
+    return layout.nbytes == 0 or bool(is_cached(file, offset + layout.nbytes))
 
 
 def _ask(entry: Entry) -> None:

@@ -31,6 +31,19 @@ def ask_for(file: File, start: int, stop: int) -> None:
         os.posix_fadvise(descriptor.fd, position, length, os.POSIX_FADV_WILLNEED)
 
 
+def is_cached(file: File, stop: int) -> bool | None:
+    """Tell whether the bytes before *stop* are in the page cache; None if the system does not tell."""
+    if _NOWAIT is None:
+        return None
+    descriptor, probe = file.open(), bytearray(_PROBE_BYTES)
+    try:
+        return os.preadv(descriptor.fd, (probe,), max(0, stop - _PROBE_BYTES), _NOWAIT) > 0
+    except BlockingIOError:
+        return False
+    except OSError:  # not for this file system
+        return None
+
+
 class ReadAhead:
     """Remembers where reads of each file ended and up to where the kernel was asked; threads may share it."""
 
@@ -38,7 +51,7 @@ class ReadAhead:
         self._ends: dict[File, int] = {}
         self._asked: dict[File, int] = {}
         self._lock = ForkSafeLock()
-        self._can_probe = _NOWAIT is not None and CAN_ASK
+        self._can_probe = CAN_ASK
 
     def before(self, file: File, offset: int, nbytes: int) -> None:
         """Ask for what a read of *nbytes* from *offset* needs, and for what follows, if it is on disk."""
@@ -49,22 +62,13 @@ class ReadAhead:
             follows = offset == self._ends.get(file)
             self._ends[file] = stop
             asked = self._asked.get(file, 0) if follows else 0
-        if asked >= stop + _AHEAD // 2 or (asked < stop and self._is_cached(file, stop)):
+        if asked >= stop + _AHEAD // 2:
+            return
+        if asked < stop and (cached := is_cached(file, stop)) is not False:
+            self._can_probe = cached is not None
             return
         until = min(stop + _AHEAD, file.nbytes) if follows else stop
         with self._lock:
             self._asked[file] = until
         with contextlib.suppress(OSError):  # a hint; reading will tell what is wrong
             ask_for(file, max(offset, asked), until)
-
-    def _is_cached(self, file: File, stop: int) -> bool:
-        """Tell whether the bytes before *stop* are in the page cache; True if the system does not tell."""
-        descriptor, probe = file.open(), bytearray(_PROBE_BYTES)
-        assert _NOWAIT is not None
-        try:
-            return os.preadv(descriptor.fd, (probe,), stop - _PROBE_BYTES, _NOWAIT) > 0
-        except BlockingIOError:
-            return False
-        except OSError:  # not for this file system
-            self._can_probe = False
-            return True
