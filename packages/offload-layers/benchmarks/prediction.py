@@ -1,9 +1,10 @@
 """How well does a plan predict what a forward takes, in seconds and in memory?
 
-``python prediction.py`` makes a checkpoint, plans it from its headers and a probe of the machine, runs the
-model within the same memory on the CPU, and puts fact beside prediction. The probe is made before and after
-the forwards, since machines change their speed: what the prediction errs by is then seen beside what the
-machine itself has changed by, which is that of the rate that decides. Needs diffusers, safemap and skipinit.
+``python prediction.py`` makes a checkpoint, plans a forward on given inputs, runs it within the same memory
+on the CPU, and puts fact beside prediction. What is predicted from headers and a number of rows alone is put
+beside both. All is predicted before and after the forwards, since machines change their speed: what a
+prediction errs by is then seen beside what the machine itself has changed by. Needs diffusers, safemap and
+skipinit.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from disk_offload import (
     skeleton,
     use,
 )
-from offload_layers import Rates, offload, plan
+from offload_layers import Plan, Rates, offload, plan
 from offload_layers._budget import budget_of
 from safemap import DiskMap
 
-LINE = "{:>8} {:>9} {:>11} {:>8} {:>9} {:>7} {:>7} {:>12} {:>9} {:>7}"
+LINE = "{:>8} {:>9} {:>11} {:>8} {:>9} {:>7} {:>7} {:>8} {:>12} {:>9} {:>7}"
 SHARES = (1.1, 0.5, 0.1)  # of the model's bytes
 
 
@@ -46,15 +47,23 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     ram = int(share * nbytes)
     side, text = TOKENS[tokens]
-    rows = side * side + text
-    planned = plan(files(folder), device="cpu", ram=ram, rows=rows)
-    predicted = planned.predict()
-    assert predicted is not None
+
+    def predict(**how: Any) -> float:
+        predicted = planned(**how).predict()
+        assert predicted is not None
+        return predicted.total_s
+
+    def planned(**how: Any) -> Plan:
+        if "rows" in how:
+            return plan(files(folder), device="cpu", ram=ram, **how)
+        return plan(skeleton(), device="cpu", ram=ram, source=DiskMap(files(folder)), **how)
 
     model = skeleton()
+    arguments = inputs(model, tokens)
+    by_rows_s = predict(rows=side * side + text)
+    first = planned(inputs=arguments)
     before = memory()["RssAnon"]
     handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
-    arguments = inputs(model, tokens)
     taken = []
     with PeakOfAnonymous() as sampled:
         for number in range(rounds + 2):
@@ -67,20 +76,22 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     seconds = statistics.median(taken)
     del handle, model
     gc.collect()
-    after = plan(files(folder), device="cpu", ram=ram, rows=rows).predict()
-    assert after is not None
+    predicted = first.predict()
+    assert predicted is not None
     return {
         "ram_nbytes": ram,
         "tokens": tokens,
         "predicted_s": predicted.total_s,
-        "predicted_after_s": after.total_s,
+        "predicted_after_s": predict(inputs=arguments),
+        "predicted_by_rows_s": by_rows_s,
         "forward_s": seconds,
         "forwards_s": sorted(taken),
-        "predicted_peak_nbytes": planned.peak_device_nbytes,
+        "predicted_peak_nbytes": first.peak_device_nbytes,
         "peak_nbytes": lent,
         "peak_anonymous_nbytes": sampled.peak - before,
-        "rates": planned.to_dict()["rates"],
-        "prediction": planned.to_dict()["prediction"],
+        "rates": first.to_dict()["rates"],
+        "prediction": first.to_dict()["prediction"],
+        "predicted_activations_nbytes": first.to_dict()["activations_nbytes"],
     }
 
 
@@ -146,6 +157,7 @@ def main() -> None:
                 "forward s",
                 "error",
                 "mean's",
+                "by rows",
                 "predicted MB",
                 "peak MB",
                 "error",
@@ -167,6 +179,7 @@ def main() -> None:
                     f"{row['forward_s']:.3f}",
                     f"{row['predicted_s'] / row['forward_s'] - 1:+.0%}",
                     f"{(row['predicted_s'] * row['predicted_after_s']) ** 0.5 / row['forward_s'] - 1:+.0%}",
+                    f"{row['predicted_by_rows_s'] / row['forward_s'] - 1:+.0%}",
                     f"{row['predicted_peak_nbytes'] / 1e6:.0f}",
                     f"{row['peak_nbytes'] / 1e6:.0f}",
                     f"{row['predicted_peak_nbytes'] / row['peak_nbytes'] - 1:+.0%}",

@@ -47,4 +47,4 @@ class PlanAndFact:
 
     def with_rows(self, rows: int) -> "PlanAndFact":
         """Return the same with the prediction for another number of rows."""
-        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, rows=rows))
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, rows=rows, work=None))

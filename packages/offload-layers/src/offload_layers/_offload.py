@@ -35,7 +35,9 @@ from offload_layers._sizes import parse_size
 from offload_layers._source import Source, check_source, offered, trim, with_ties
 from offload_layers._state import State
 from offload_layers._tier import Tier
+from offload_layers._trace import Inputs
 from offload_layers._verify import Verification, verify
+from offload_layers._work import Work, measure_work
 
 _log = logging.getLogger("offload_layers.offload")
 _CPU = torch.device("cpu")
@@ -142,6 +144,7 @@ def offload(
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
     rows: int = _TYPICAL_ROWS,
+    inputs: Inputs | None = None,
     rates: Rates | None = None,
 ) -> Offloaded:
     """Let *model* compute on *device* within *vram* bytes of its memory and *ram* bytes of the host's.
@@ -160,13 +163,15 @@ def offload(
         dtype: In which the model computes; None: each weight in its own. Buffers keep theirs.
         storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
         rows: Rows of a layer's input, such as tokens, for which the plan predicts a forward.
-        rates: Of the machine, from `probe`; None: no time is predicted.
+        inputs: In place of *rows*, what the model will be called with; see `plan`.
+        rates: Of the machine, from `probe`; None: no time is predicted, unless there are *inputs*.
 
     Returns:
         A handle; the model itself can be used as before.
 
     Raises:
-        ConfigError: it cannot fit, or an argument makes no sense; nothing was changed.
+        ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen; nothing
+            was changed.
         MissingTensorError: a parameter has neither values nor a tensor in *source*.
     """
     target = parse_device(device)
@@ -176,7 +181,10 @@ def offload(
     found = _find(model)
     sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
     ahead = _fetches_ahead(target, checked)
-    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead)
+    work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
+    if rates is None and inputs is not None:
+        rates = probe(target, file=_file_of(given), dtype=dtype or _computed_in(sizes))
+    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
     schedule = Schedule()
     computation = Placement(target, dtype)
@@ -215,6 +223,7 @@ def plan(
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
     rows: int = _TYPICAL_ROWS,
+    inputs: Inputs | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """Say what `offload` would do with the same arguments, and what a forward would take; change nothing.
@@ -229,19 +238,32 @@ def plan(
         dtype: In which the model computes.
         storage_dtype: In which weights wait in host memory.
         rows: Rows of the input of a layer, such as tokens times batch, that the time is predicted for.
+        inputs: In place of *rows*, what the model will be called with: a mapping of keyword arguments, or a
+            sequence of positional ones. Only shapes and dtypes of tensors matter; they may be on ``meta``.
+            Then every kind of operation of a forward is tried on the device, attention included, and
+            activations are counted: more exact, but it takes several times as long as one block of each kind.
+            Needs a model, whose forward does not depend on the values of tensors.
         rates: Of the machine, from `probe`; None: they are measured now, in about a second.
 
     Raises:
-        ConfigError: it cannot fit, or an argument makes no sense.
+        ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen.
     """
     target = parse_device(device)
     _check_dtypes(dtype, storage_dtype)
-    file = None
+    file = work = None
     ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
         given = check_source(source)
         ahead = _fetches_ahead(target, given)
-        sizes = [size_of(layer, given, dtype, storage_dtype) for layer in _find(model)]
+        found = _find(model)
+        sizes = [size_of(layer, given, dtype, storage_dtype) for layer in found]
+        file = _file_of(given)
+        if inputs is not None:
+            work = _work(model, inputs, found, target, dtype, given)
+    elif inputs is not None:
+        raise ConfigError(
+            f"inputs are of a model, but what is planned is a {type(model).__name__}; pass rows"
+        )
     elif isinstance(model, Mapping):
         ahead = _fetches_ahead(target, model)
         sizes = sizes_of_mapping(model, dtype, storage_dtype)
@@ -251,7 +273,25 @@ def plan(
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
-    return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead)
+    return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+
+
+def _work(
+    model: nn.Module,
+    inputs: Inputs,
+    found: list[Found],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    source: Source | None,
+) -> Work:
+    layers = [layer.name for layer in found]
+    return measure_work(model, inputs, layers=layers, device=device, dtype=dtype, source=source)
+
+
+def _file_of(source: Source | None) -> str | None:
+    """Return a file that weights are read from, if *source* tells: its disk is measured."""
+    files = getattr(source, "files", None)
+    return str(files[0]) if files else None
 
 
 def _fetches_ahead(device: torch.device, source: Source | None) -> bool:
@@ -275,6 +315,7 @@ def _plan(
     rows: int,
     rates: Rates | None,
     fetches_ahead: bool,
+    work: Work | None,
 ) -> Plan:
     host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
     limit = _vram(vram, device, host)
@@ -288,6 +329,7 @@ def _plan(
         rates=rates,
         foreign_nbytes=foreign,
         fetches_ahead=fetches_ahead,
+        work=work,
     )
 
 

@@ -31,6 +31,7 @@ from offload_layers._prefetch import LARGEST_AHEAD
 from offload_layers._rates import Rates
 from offload_layers._sizes import format_size
 from offload_layers._tier import Tier
+from offload_layers._work import Work
 
 #: of the largest layer: what is on the device beside the residents
 PASSING = 1 + LARGEST_AHEAD
@@ -104,11 +105,12 @@ class Plan:
         device: That computes.
         vram, ram: Bytes of the device and of the host that may be used.
         layers: In order.
-        rows: Rows of the input of a layer (tokens, pixels) that the prediction is for. Attention between
-            them has no weights and is left out.
+        rows: Rows of the input of a layer (tokens, pixels) that the prediction is for, unless there is
+            *work*. Attention between them has no weights and is left out.
         rates: Of this machine; None: no prediction of times.
         foreign_nbytes: Bytes of the device that are taken by others.
         fetches_ahead: Whether copies of the layers that come next are made while a layer computes.
+        work: What a forward on given inputs takes besides the weights; None: the time is told from *rows*.
     """
 
     device: torch.device
@@ -119,6 +121,7 @@ class Plan:
     rates: Rates | None
     foreign_nbytes: int = 0
     fetches_ahead: bool = True
+    work: Work | None = None
 
     def nbytes_on(self, tier: Tier) -> int:
         """Return the bytes of the weights that stay on *tier*."""
@@ -134,7 +137,7 @@ class Plan:
         """Most bytes of weights on the device at once; see Note [Peaks]."""
         moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
         passing = sum(sorted(moving)[-PASSING if self.fetches_ahead else -1 :])
-        room = self.vram - self.foreign_nbytes
+        room = self.vram - self.foreign_nbytes - _beside_nbytes(self.device, self.work)
         return min(self.nbytes_on(Tier.DEVICE) + passing, max(room, max(moving, default=0)))
 
     @property
@@ -155,10 +158,13 @@ class Plan:
         rates = self.rates
         if rates is None:
             return None
-        compute = sum(
-            max(2.0 * x.size.work(self.rows) / rates.flops, x.size.nbytes / rates.memory_bytes_per_s)
-            for x in self.layers
-        )
+        if self.work is not None:
+            compute = self.work.total_s
+        else:
+            compute = sum(
+                max(2.0 * x.size.work(self.rows) / rates.flops, x.size.nbytes / rates.memory_bytes_per_s)
+                for x in self.layers
+            )
         bus = self.moving_nbytes / rates.bus_bytes_per_s
         disk = self.nbytes_on(Tier.DISK) / rates.disk_bytes_per_s
         # on a CPU a copy takes the cores and the memory that the computation wants; elsewhere they overlap
@@ -177,6 +183,7 @@ class Plan:
             rates=self.rates,
             foreign_nbytes=self.foreign_nbytes,
             fetches_ahead=self.fetches_ahead,
+            work=self.work,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,6 +199,7 @@ class Plan:
             "moving_nbytes": self.moving_nbytes,
             "peak_device_nbytes": self.peak_device_nbytes,
             "peak_host_nbytes": self.peak_host_nbytes,
+            "activations_nbytes": None if self.work is None else self.work.activations_nbytes,
             "rates": None if self.rates is None else dataclasses.asdict(self.rates),
             "prediction": None if prediction is None else dataclasses.asdict(prediction),
             "layers": [{**dataclasses.asdict(x.size), "tier": x.tier.value} for x in self.layers],
@@ -213,12 +221,15 @@ class Plan:
             if count:
                 lines.append(f"  {tier.value:<7}{count:>6,} layers  {format_size(self.nbytes_on(tier)):>9}")
         lines.append(f"  peak   {format_size(self.peak_device_nbytes)} of weights on {self.device}")
+        if self.work is not None:
+            lines[-1] += f", {format_size(self.work.activations_nbytes)} of activations beside them"
         if self.peak_host_nbytes:
             lines[-1] += f", {format_size(self.peak_host_nbytes)} in host memory"
         prediction = self.predict()
         if prediction is not None:
+            of = f"of {self.rows:,} rows" if self.work is None else "on these inputs"
             lines.append(
-                f"  one forward of {self.rows:,} rows: {prediction.total_s:.3g} s (computation "
+                f"  one forward {of}: {prediction.total_s:.3g} s (computation "
                 f"{prediction.compute_s:.3g} s, bus {prediction.bus_s:.3g} s, disk {prediction.disk_s:.3g} s)"
             )
             lines += self._more()
@@ -251,6 +262,7 @@ def make_plan(
     rates: Rates | None,
     foreign_nbytes: int = 0,
     fetches_ahead: bool = True,
+    work: Work | None = None,
 ) -> Plan:
     """Give each layer a tier.
 
@@ -260,29 +272,37 @@ def make_plan(
     if not sizes:
         raise ConfigError("there is nothing to plan: no layer has weights")
     largest = max(sizes, key=lambda size: size.nbytes)
-    room = vram - foreign_nbytes
+    beside_nbytes = _beside_nbytes(device, work)
+    room = vram - foreign_nbytes - beside_nbytes
     everything = sum(size.nbytes for size in sizes)
     if largest.nbytes > room:
-        taken = f", of which {format_size(foreign_nbytes)} are taken by others" if foreign_nbytes else ""
+        taken = [f"{format_size(foreign_nbytes)} are taken by others"] if foreign_nbytes else []
+        taken += [f"{format_size(beside_nbytes)} are needed for activations"] if beside_nbytes else []
         raise ConfigError(
             f'layer "{largest.name}" needs {format_size(largest.nbytes)} on {device} while it computes, but '
-            f"vram is {format_size(vram)}{taken}. Give at least "
-            f"{format_size(largest.nbytes + foreign_nbytes)}."
+            f"vram is {format_size(vram)}{', of which ' if taken else ''}{' and '.join(taken)}. Give at "
+            f"least {format_size(largest.nbytes + foreign_nbytes + beside_nbytes)}."
         )
     _check_host(sizes, device, ram)
     window = LARGEST_AHEAD * largest.nbytes
-    demands = [Demand(size.nbytes, size.work(rows)) for size in sizes]
+    works = [size.work(rows) if work is None else work.layer_s.get(size.name, 0.0) for size in sizes]
+    demands = [Demand(size.nbytes, hides) for size, hides in zip(sizes, works, strict=True)]
     stay_room = everything if everything <= room else max(0, room - IN_FLIGHT * largest.nbytes)
     on_device = choose_residents(demands, room=stay_room, window=window)
     if device.type == "cpu":  # the host is the device: what does not stay there is where it came from
         on_host = frozenset(i for i, size in enumerate(sizes) if not size.is_on_disk) - on_device
     else:
-        on_host = _host(sizes, on_device, device, ram=ram, rows=rows, window=window)
+        on_host = _host(sizes, works, on_device, device, ram=ram, window=window)
     tiers = [
         Tier.DEVICE if i in on_device else Tier.HOST if i in on_host else Tier.DISK for i in range(len(sizes))
     ]
     layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
-    return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead)
+    return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead, work)
+
+
+def _beside_nbytes(device: torch.device, work: Work | None) -> int:
+    """Return what computations take of *vram*, which on a CPU is a limit of weights alone."""
+    return 0 if work is None or device.type == "cpu" else work.activations_nbytes
 
 
 def _check_host(sizes: Sequence[LayerSize], device: torch.device, ram: int) -> None:
@@ -308,16 +328,16 @@ def _fixed_nbytes(sizes: Sequence[LayerSize], device: torch.device) -> int:
 
 def _host(
     sizes: Sequence[LayerSize],
+    works: Sequence[float],
     on_device: frozenset[int],
     device: torch.device,
     *,
     ram: int,
-    rows: int,
     window: int,
 ) -> frozenset[int]:
     """Return which of the layers that are not on the device stay in host memory."""
     moving = [i for i, size in enumerate(sizes) if i not in on_device and size.is_on_disk]
-    demands = [Demand(sizes[i].stored_nbytes, sizes[i].work(rows)) for i in moving]
+    demands = [Demand(sizes[i].stored_nbytes, works[i]) for i in moving]
     everything = sum(demand.nbytes for demand in demands)
     passing = max((demand.nbytes for demand in demands), default=0)  # one layer on its way from disk
     room = ram - _fixed_nbytes(sizes, device)

@@ -88,7 +88,7 @@ def _bus(device: torch.device, seconds: float) -> float:
 
 
 def _flops(device: torch.device, dtype: torch.dtype, rows: int | None, seconds: float) -> float:
-    multiply, wait = _multiplication(dtype), _waiting(device)
+    multiply, wait = _multiplication(dtype), waiting(device)
     most = _MOST_ROWS if rows is None else max(1, min(rows, _MOST_ROWS))
     x, weight = _matrix(min(_FEWEST_ROWS, most), device), _matrix(_WIDTH, device).to(dtype)
     # several, that a model's layers find nothing in the caches either
@@ -121,7 +121,7 @@ def _matrix(rows: int, device: torch.device) -> Tensor:
     return torch.empty(rows, _WIDTH, device=device).uniform_(-1, 1, generator=own)
 
 
-def _waiting(device: torch.device) -> Callable[[], object]:
+def waiting(device: torch.device) -> Callable[[], object]:
     """Return what waits until *device* has done what it was told."""
     if device.type == "cpu":
         return lambda: None
@@ -131,7 +131,7 @@ def _waiting(device: torch.device) -> Callable[[], object]:
 
 def _rate(amount: float, act: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Return how much of *amount*, which ``act()`` deals with, *device* does in a second."""
-    wait = _waiting(device)
+    wait = waiting(device)
     _seconds(act, wait)
     times = max(1, math.ceil(_ROUND_S / max(_seconds(act, wait), 1e-6)))
     end = time.perf_counter() + seconds
