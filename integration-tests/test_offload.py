@@ -143,6 +143,32 @@ def test_a_model_that_is_built_already(checkpoints: dict[str, Path]) -> None:
     assert torch.equal(handle(sample, 3, states).sample, expected)
 
 
+INPUTS: dict[str, Any] = {
+    "text_encoder": {"input_ids": IDS},
+    "unet": [torch.ones(1, 4, 8, 8), 3, torch.ones(1, 16, 16)],
+    "vae": {"sample": torch.ones(1, 3, 8, 8)},
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_forward_on_inputs_is_foreseen(name: str, checkpoints: dict[str, Path]) -> None:
+    inputs = INPUTS[name]
+    handle = offload(MAKERS[name], checkpoints[name], device="cpu", ram="200kB", inputs=inputs)
+    given: tuple[Any, ...] = (inputs, {}) if isinstance(inputs, list) else ((), inputs)
+    output, expected = handle(*given[0], **given[1]), plain(name)(*given[0], **given[1])
+    assert torch.equal(output[0], expected[0])
+    told = handle.report()
+    prediction = told.plan.predict()
+    assert told.plan.work is not None
+    assert prediction is not None
+    assert told.forward_s is not None
+    assert prediction.compute_s > 0
+    assert told.plan.work.activations_nbytes > 0
+    called = {layer.name for layer in told.report.layers if layer.hits + layer.waits + layer.misses}
+    assert called or name != "unet"
+    assert called <= {name for name, seconds in told.plan.work.layer_s.items() if seconds}
+
+
 def test_the_plan_of_a_checkpoint_is_that_of_the_model(checkpoints: dict[str, Path]) -> None:
     from offload_layers import Rates, plan
 

@@ -1,6 +1,6 @@
 """From files to a model that runs within some memory, in one call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import offload_layers
@@ -26,6 +26,7 @@ def offload(
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
     state_dict_converter: StateDictConverter | None = None,
+    inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Offloaded:
     """Build a model without initializing it, and let it compute with weights that stay where there is room.
 
@@ -39,6 +40,8 @@ def offload(
         dtype: In which the model computes; None: each weight in that of the checkpoint.
         storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
         state_dict_converter: As for ``load_model``.
+        inputs: What the model will be called with, for ``report()`` to have a prediction: keyword arguments,
+            or a sequence of positional ones; see ``offload_layers.plan``.
 
     Returns:
         A handle on the model, which is in evaluation mode; see ``offload_layers.offload``.
@@ -62,4 +65,5 @@ def offload(
         source=source,
         dtype=dtype,
         storage_dtype=storage_dtype,
+        inputs=inputs,
     )
