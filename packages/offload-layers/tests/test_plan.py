@@ -1,5 +1,6 @@
 """Plans: what is where, what it costs, what more memory would give; refusals with reasons."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_seconds() -> None:
     assert from_disk is not None
     assert from_disk.total_s == from_disk.disk_s == pytest.approx(10 / 2)
     assert make(rates=None).predict() is None
+
+
+def test_on_a_cpu_reading_takes_the_cores_that_compute() -> None:
+    rates = Rates(2e9, 20e9, 20e9, 1e9, disk_processor_s_per_byte=1e-9)
+    sizes = [LayerSize(str(i), 1000, 4000, 4000) for i in range(10)]
+    device = torch.device("cpu")
+    planned = make_plan(sizes, device=device, vram=20_000, ram=20_000, rows=1, rates=rates)
+    predicted, read = planned.predict(), planned.nbytes_on(Tier.DISK)
+    assert predicted is not None
+    assert read > 0
+    assert predicted.total_s == pytest.approx(predicted.compute_s + read * 1e-9)
+    elsewhere = dataclasses.replace(planned, device=torch.device("cuda")).predict()
+    assert elsewhere is not None
+    assert elsewhere.total_s == predicted.compute_s  # another processor's time
 
 
 def test_more_memory() -> None:

@@ -39,14 +39,17 @@ def file(tmp_path: Path) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_rates_are_plausible(device: torch.device, file: str, dtype: torch.dtype) -> None:
     rates = probe(device, file=file, dtype=dtype, seconds=0.01)
-    for rate in dataclasses.astuple(rates):
-        assert 1e3 < rate < 1e18
+    *per_s, busy = dataclasses.astuple(rates)
+    assert all(1e3 < rate < 1e18 for rate in per_s)
+    assert 0 < busy < 1e-3
 
 
 def test_without_a_file_the_disk_takes_no_time(device: torch.device) -> None:
     rates = probe(device, seconds=0)
     assert rates.disk_bytes_per_s == math.inf
-    assert all(0 < rate < math.inf for rate in dataclasses.astuple(rates)[1:])
+    *others, busy = dataclasses.astuple(rates)[1:]
+    assert all(0 < rate < math.inf for rate in others)
+    assert busy == 0
 
 
 @pytest.mark.parametrize("rows", [1, 100, 1_000_000])
@@ -117,8 +120,9 @@ class TestDisk:
 
     def test_a_small_file_is_one_piece(self, tmp_path: Path) -> None:
         (tmp_path / "small").write_bytes(b"x" * 100)
-        rate, _ = probe_disk(tmp_path / "small", seconds=0)
+        rate, _, busy = probe_disk(tmp_path / "small", seconds=0)
         assert 0 < rate < math.inf
+        assert 0 < busy < 1
 
     def test_time_ends_it(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
         starts = []
@@ -139,7 +143,7 @@ class TestDisk:
         monkeypatch.setattr(_probe_disk, "_is_cached", lambda fd, position: next(cached))
         now = iter([0.0, *(t for took in (1, 8, 1, 8, 1) for t in (0.0, float(took)))])
         monkeypatch.setattr(_probe_disk.time, "perf_counter", lambda: next(now))
-        assert probe_disk(file, seconds=100) == ((1 << 16) / 8, False)
+        assert probe_disk(file, seconds=100)[:2] == ((1 << 16) / 8, False)
 
     @needs_nowait
     def test_whether_it_is_cached_is_asked(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +168,7 @@ class TestDisk:
     ) -> None:
         Path(file).read_bytes()
         monkeypatch.setattr(_probe_disk, "_drop", lambda *_: None)
-        _, is_cached = probe_disk(file, seconds=0)
+        _, is_cached, _ = probe_disk(file, seconds=0)
         assert is_cached
         with caplog.at_level(logging.WARNING, "offload_layers"):
             rates = probe(torch.device("cpu"), file=file, seconds=0)
@@ -176,7 +180,7 @@ class TestDisk:
     def test_a_system_without_hints(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("posix_fadvise", "RWF_NOWAIT"):
             monkeypatch.delattr(os, name, raising=False)
-        rate, is_cached = probe_disk(file, seconds=0)
+        rate, is_cached, _ = probe_disk(file, seconds=0)
         assert 0 < rate < math.inf
         assert is_cached
 

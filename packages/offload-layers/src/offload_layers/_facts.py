@@ -90,7 +90,7 @@ def gather(
     _machine.check_is_there(device)
     has_own_memory = device.type not in ("cpu", "mps")
     total, free = _device_memory(device)
-    disk, is_cached = (None, False) if file is None else probe_disk(file, seconds=seconds / 4)
+    disk = None if file is None else probe_disk(file, seconds=seconds / 4)
     rates = probe(device, seconds=seconds * 3 / 4)
     return Facts(
         device=str(device),
@@ -113,8 +113,8 @@ def gather(
         huge_pages=_huge_pages(root),
         why_no_fp8=_fp8_matmul._why_not(device, torch.float8_e4m3fn) or "",
         link=_link(device, root),  # after the probe: an idle device slows its bus down
-        disk_bytes_per_s=disk,
-        is_disk_cached=is_cached,
+        disk_bytes_per_s=None if disk is None else disk.bytes_per_s,
+        is_disk_cached=disk is not None and disk.is_cached,
         bus_bytes_per_s=rates.bus_bytes_per_s,
         memory_bytes_per_s=rates.memory_bytes_per_s,
         flops=rates.flops,

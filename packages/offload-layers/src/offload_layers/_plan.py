@@ -166,9 +166,12 @@ class Plan:
                 for x in self.layers
             )
         bus = self.moving_nbytes / rates.bus_bytes_per_s
-        disk = self.nbytes_on(Tier.DISK) / rates.disk_bytes_per_s
-        # on a CPU a copy takes the cores and the memory that the computation wants; elsewhere they overlap
-        busy = compute + bus if self.device.type == "cpu" else max(compute, bus)
+        read = self.nbytes_on(Tier.DISK)
+        disk = read / rates.disk_bytes_per_s
+        if self.device.type == "cpu":  # copying and reading take the cores that the computation wants
+            busy = compute + max(bus, read * rates.disk_processor_s_per_byte)
+        else:
+            busy = max(compute, bus)
         return Prediction(compute, bus, disk, max(busy, disk))
 
     def with_more(self, *, vram: int = 0, ram: int = 0) -> "Plan":

@@ -60,15 +60,15 @@ def probe(
     """
     check_is_there(device)
     share = seconds / (3 if file is None else 4)
-    disk = math.inf
+    disk, busy = math.inf, 0.0
     if file is not None:
-        disk, is_cached = probe_disk(file, seconds=share)
+        disk, is_cached, busy = probe_disk(file, seconds=share)
         if is_cached:
             _log.warning("%s stays in the page cache; its disk was not measured, but the cache", file)
     with torch.no_grad():
         memory = _memory(device, share)
         bus = memory if device.type in ("cpu", "mps") else _bus(device, share)
-        return Rates(disk, bus, memory, _flops(device, dtype, rows, share))
+        return Rates(disk, bus, memory, _flops(device, dtype, rows, share), busy)
 
 
 def _memory(device: torch.device, seconds: float) -> float:

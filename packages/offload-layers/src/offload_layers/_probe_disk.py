@@ -10,6 +10,7 @@ import stat
 import statistics
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from offload_layers._errors import ConfigError
 
@@ -20,8 +21,22 @@ _ROUNDS = 3
 _WINDOW = 128 << 10
 
 
-def probe_disk(file: str | os.PathLike[str], *, seconds: float) -> tuple[float, bool]:
-    """Return the bytes per second at which *file* is read, and whether they came from the page cache.
+class DiskRate(NamedTuple):
+    """How a file is read.
+
+    Attributes:
+        bytes_per_s: Of the disk, or of the page cache.
+        is_cached: Whether it was the page cache.
+        processor_s_per_byte: Seconds for which reading keeps one core busy.
+    """
+
+    bytes_per_s: float
+    is_cached: bool
+    processor_s_per_byte: float
+
+
+def probe_disk(file: str | os.PathLike[str], *, seconds: float) -> DiskRate:
+    """Return how fast *file* is read.
 
     Each piece is read once, in an order that soon has been everywhere. Those that could be dropped count. If
     none could, because the system cannot do that, the file was just written or others have it mapped, all do.
@@ -30,7 +45,7 @@ def probe_disk(file: str | os.PathLike[str], *, seconds: float) -> tuple[float, 
     Raises:
         ConfigError: there is nothing to read.
     """
-    rates: dict[bool, list[float]] = {True: [], False: []}  # is cached -> bytes per second
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # is cached -> bytes/s, seconds/byte
     with _open(file) as opened:
         fd = opened.fileno()
         nbytes = os.fstat(fd).st_size
@@ -39,14 +54,15 @@ def probe_disk(file: str | os.PathLike[str], *, seconds: float) -> tuple[float, 
         for start in _spread(nbytes):
             _drop(fd, start, len(buffer))
             is_cached = _is_cached(fd, start + len(buffer) // 2)
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.thread_time()
             _read(opened, start, buffer)
-            now = time.perf_counter()
-            rates[is_cached].append(len(buffer) / (now - begin))
-            if now >= end and sum(map(len, rates.values())) >= _ROUNDS:
+            now, busy = time.perf_counter(), time.thread_time() - busy
+            found[is_cached].append((len(buffer) / (now - begin), busy / len(buffer)))
+            if now >= end and sum(map(len, found.values())) >= _ROUNDS:
                 break
-    is_cached = not rates[False]
-    return statistics.median(rates[is_cached]), is_cached
+    is_cached = not found[False]
+    rates, costs = zip(*found[is_cached], strict=True)
+    return DiskRate(statistics.median(rates), is_cached, statistics.median(costs))
 
 
 def _open(file: str | os.PathLike[str]) -> io.FileIO:

@@ -12,9 +12,12 @@ class Rates:
         bus_bytes_per_s: Copying from the host to the device; ``memory_bytes_per_s`` where they share memory.
         memory_bytes_per_s: Reading the memory in which the device computes.
         flops: Operations of matrix products with many rows: two for each multiplication and addition.
+        disk_processor_s_per_byte: For how long reading from disk keeps a core busy, which a model that
+            computes on the CPU cannot use then.
     """
 
     disk_bytes_per_s: float
     bus_bytes_per_s: float
     memory_bytes_per_s: float
     flops: float
+    disk_processor_s_per_byte: float = 0.0
