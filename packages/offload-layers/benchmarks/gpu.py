@@ -9,7 +9,9 @@ and bytes over bus, the most memory that torch had, and what the driver saw. ``!
 those of the plain model, as those of weights kept in eight bits must be. The peak is that of the forwards
 that are timed, after three that are not. ``mallocs`` is how often torch asked the driver for memory during
 them: 0 if what has passed through is used again. Weights "from disk" are in the page cache, one gigabyte of
-them may be in host memory. Needs diffusers and safemap; without an accelerator it says so and ends.
+them may be in host memory. "Predicted" is what a plan on the same inputs says beforehand.
+
+Needs diffusers and safemap; without an accelerator it says so and ends.
 The options ``--device cpu --layers 1 --heads 1 --tokens 16`` try the script itself.
 """
 
@@ -31,7 +33,7 @@ from disk_offload import diffsynth_layers, module_map
 from torch import nn
 
 GB = 10**9
-LINE = "{:30} {:>7} {:>9} {:>9} {:>7} {:>8} {:>8} {:>9} {:>7}"
+LINE = "{:30} {:>7} {:>9} {:>9} {:>7} {:>8} {:>11} {:>8} {:>12} {:>9} {:>7}"
 CONFIG: dict[str, int] = {
     "num_layers": 14,
     "attention_head_dim": 128,
@@ -161,35 +163,48 @@ def inputs(tokens: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-Make = Callable[[nn.Module], Any]
+Inputs = dict[str, Any]
+Make = Callable[[nn.Module, Inputs], Any]
 
 
 def ours(device: torch.device, limit: int | None, storage: torch.dtype | None = None) -> Make:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Module, arguments: Inputs) -> Any:
         import offload_layers
 
         vram = "auto" if limit is None else limit
         return offload_layers.offload(
-            model, device=device, vram=vram, ram="auto", dtype=HALF, storage_dtype=storage
-        ).model
+            model,
+            device=device,
+            vram=vram,
+            ram="auto",
+            dtype=HALF,
+            storage_dtype=storage,
+            inputs=arguments,
+        )
 
     return make
 
 
 def from_disk(device: torch.device, limit: int, file: Path) -> Make:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Module, arguments: Inputs) -> Any:
         import offload_layers
         from safemap import DiskMap
 
         return offload_layers.offload(
-            skeleton(), device=device, vram=limit, ram=GB, source=DiskMap(file), dtype=HALF
-        ).model
+            skeleton(),
+            device=device,
+            vram=limit,
+            ram=GB,
+            source=DiskMap(file),
+            dtype=HALF,
+            inputs=arguments,
+        )
 
     return make
 
 
 def diffsynth(device: torch.device, limit: int) -> Make:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Module, arguments: Inputs) -> Any:
         layers = diffsynth_layers()
         own = (layers.AutoWrappedLinear, layers.AutoWrappedModule, layers.AutoWrappedNonRecurseModule)
         config: dict[str, Any] = {
@@ -207,7 +222,7 @@ def diffsynth(device: torch.device, limit: int) -> Make:
 
 
 def accelerate(device: torch.device) -> Make:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Module, arguments: Inputs) -> Any:
         from accelerate import cpu_offload
 
         return cpu_offload(model, execution_device=device)
@@ -216,7 +231,7 @@ def accelerate(device: torch.device) -> Make:
 
 
 def diffusers(device: torch.device, level: str) -> Make:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Module, arguments: Inputs) -> Any:
         from diffusers.hooks import apply_group_offloading
 
         apply_group_offloading(
@@ -234,7 +249,7 @@ def diffusers(device: torch.device, level: str) -> Make:
 
 def subjects(device: torch.device, file: Path) -> list[tuple[str, int | None, Make]]:
     found: list[tuple[str, int | None, Make]] = [
-        ("plain, resident", None, lambda model: model.to(device)),
+        ("plain, resident", None, lambda model, _: model.to(device)),
         ("offload-layers, no limit", None, ours(device, None)),
     ]
     found += [(f"offload-layers, {limit} GB", limit * GB, ours(device, limit * GB)) for limit in LIMITS]
@@ -254,9 +269,12 @@ def measure(
     make: Make, weights: dict[str, torch.Tensor], driver: Driver, tokens: int, limit: int | None, bus: float
 ) -> dict[str, Any]:
     driver.forget()
-    model = make(build(weights))
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     arguments = inputs(tokens, driver.device)
+    model = make(build(weights), arguments)
+    plan = getattr(model, "plan", None)
+    predicted_s = None if plan is None else plan.predict().total_s
+    predicted_nbytes = None if plan is None else plan.peak_device_nbytes + plan.work.activations_nbytes
     for _ in range(3):  # the order is learned, and who stays is chosen
         output = model(**arguments)[0]
     driver.forget_peak()
@@ -269,6 +287,8 @@ def measure(
         "forward_s": forward_s,
         "bus_floor_s": 0.0 if limit is None else max(0, nbytes - limit) / bus,
         "peak_allocated_nbytes": driver.peak(),
+        "predicted_s": predicted_s,
+        "predicted_peak_nbytes": predicted_nbytes,
         "driver_nbytes": total - free,
         "mallocs": driver.mallocs() - mallocs,
         "output": output.float().cpu(),
@@ -310,7 +330,9 @@ def measure_all(
                 f"{plain_s:.3f}",
                 f"{row['over_floor']:.2f}" + ("" if row["identical"] else "!"),
                 "-" if limit is None else f"{limit / GB:.0f}",
+                "-" if row["predicted_s"] is None else f"{row['predicted_s']:.3f}",
                 f"{row['peak_allocated_nbytes'] / GB:.2f}",
+                "-" if row["predicted_s"] is None else f"{row['predicted_peak_nbytes'] / GB:.2f}",
                 f"{row['driver_nbytes'] / GB:.2f}",
                 str(row["mallocs"]),
             )
@@ -343,7 +365,9 @@ def main() -> None:
             "plain s",
             "/ floor",
             "limit GB",
+            "predicted s",
             "peak GB",
+            "predicted GB",
             "driver GB",
             "mallocs",
         )
