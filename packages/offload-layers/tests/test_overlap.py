@@ -195,6 +195,22 @@ def test_the_limit_is_kept_with_what_computations_take(device: FakeDevice, confi
     assert device.peak_nbytes <= limit
 
 
+def test_what_is_known_beforehand_counts_from_the_first_forward_on(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    limit = 9 * NBYTES
+    peaks = []
+    for known in (0, 5 * NBYTES):
+        model = managed(device, seconds, PREPARING, limit_for(limit))
+        model[LAYERS - 1].also = 5 * 1000
+        model[0]._owner().schedule.beside.nbytes = known
+        before = device.peak_nbytes = device.used_nbytes
+        assert torch.equal(model(X), expected(seconds))
+        peaks.append(device.peak_nbytes - before)
+        del model
+    assert peaks[0] > limit  # the last layer is the first to tell
+    assert peaks[1] <= limit
+
+
 def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) -> None:
     seconds = [COPY_S] * LAYERS
     model = managed(device, seconds, PREPARING, limit_for(LAYERS * NBYTES + 2 * NBYTES))

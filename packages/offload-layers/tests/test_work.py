@@ -240,6 +240,28 @@ def test_what_hides_transfers_is_measured_not_told_from_the_size() -> None:
     assert max(work.layer_s, key=work.layer_s.__getitem__) == "layers.3"
 
 
+def test_on_a_cpu_the_limit_is_one_of_weights() -> None:
+    model = Model()
+    handle = offload(model, device="cpu", ram="1GB", inputs=[torch.ones(20, 64)], rates=RATES)
+    assert handle.plan.beside_nbytes == 0
+    assert model.norm._owner().schedule.beside.nbytes == 0
+
+
+@pytest.mark.cuda
+def test_on_a_device_activations_are_left_room_from_the_first_forward_on(device: torch.device) -> None:
+    model = Model(width=1024, blocks=8)
+    inputs = [torch.ones(4096, 1024, device=device)]
+    torch.get_device_module(device).empty_cache()
+    handle = offload(model, device=device, vram="8GB", inputs=inputs, rates=RATES)
+    told = handle.plan.beside_nbytes
+    assert told > 4096 * 4096 * 4
+    assert model.norm._owner().schedule.beside.nbytes == told
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    handle(*inputs)
+    assert torch.cuda.max_memory_allocated(device) - before < 1.2 * told
+
+
 def test_activations_take_room_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from offload_layers._plan import LayerSize, make_plan
     from offload_layers._work import Work

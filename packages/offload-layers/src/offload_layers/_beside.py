@@ -1,6 +1,6 @@
 """What computations take of a device beside the weights: activations, workspaces, other programs.
 
-Nobody can tell beforehand, so it is learned while layers compute. The device counts the most bytes that were
+It is learned while layers compute, if nobody has told beforehand. The device counts the most bytes that were
 ever in use; where that count has grown while a layer computed, the layer has reached it. What was learned
 stays known: a later computation that takes less changes nothing, one that takes more is learned in turn.
 """
@@ -18,8 +18,8 @@ class Beside:
         nbytes: The most that was seen, in bytes.
     """
 
-    def __init__(self) -> None:
-        self.nbytes = 0
+    def __init__(self, nbytes: int = 0) -> None:
+        self.nbytes = nbytes
         self._computing: Counter[int] = Counter()  # by id: how often each layer is at it
         self._peak = 0
         self._lock = threading.Lock()

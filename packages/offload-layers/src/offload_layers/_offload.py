@@ -186,7 +186,7 @@ def offload(
         rates = probe(target, file=_file_of(given), dtype=dtype or _computed_in(sizes))
     plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
-    schedule = Schedule()
+    schedule = Schedule(plan.beside_nbytes)
     computation = Placement(target, dtype)
     before = _Snapshot(model)
     layers: list[AutoTorchModule] = []

@@ -133,11 +133,16 @@ class Plan:
         return sum(layer.size.stored_nbytes for layer in self.layers if layer.tier is not Tier.DEVICE)
 
     @property
+    def beside_nbytes(self) -> int:
+        """Bytes of *vram* that computations take beside weights, as far as that is known."""
+        return _beside_nbytes(self.device, self.work)
+
+    @property
     def peak_device_nbytes(self) -> int:
         """Most bytes of weights on the device at once; see Note [Peaks]."""
         moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
         passing = sum(sorted(moving)[-PASSING if self.fetches_ahead else -1 :])
-        room = self.vram - self.foreign_nbytes - _beside_nbytes(self.device, self.work)
+        room = self.vram - self.foreign_nbytes - self.beside_nbytes
         return min(self.nbytes_on(Tier.DEVICE) + passing, max(room, max(moving, default=0)))
 
     @property

@@ -43,12 +43,16 @@ class Scheduled(Fetchable, Staying, Protocol):
 
 
 class Schedule:
-    """The layers of one model in the order in which they are called."""
+    """The layers of one model in the order in which they are called.
 
-    def __init__(self) -> None:
+    Args:
+        beside_nbytes: What computations will take of the device beside weights, as far as that is known.
+    """
+
+    def __init__(self, beside_nbytes: int = 0) -> None:
         self._order: ExecutionOrder[Fetchable] = ExecutionOrder()
         self.prefetcher = Prefetcher(self._order)
-        self.beside = Beside()
+        self.beside = Beside(beside_nbytes)
         self.shared = SharedCopies()
         self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
