@@ -121,6 +121,38 @@ def test_it_may_write_more_often_than_python_can_recurse(file: str) -> None:
         assert_same(again["q"], lazy["q"])
 
 
+def test_data_that_is_replaced(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        before = state_dict["q"][0]
+        state_dict["q"].data = state_dict["k"].data[:2].T  # shares its memory from now on
+        state_dict["q"].mul_(2)
+        state_dict["v"].data = torch.arange(3)
+        state_dict["flag"].data = state_dict["flag"].data.half()
+        with torch.device("meta"):
+            linear = nn.Linear(4, 6, bias=False)
+        linear.load_state_dict({"weight": state_dict["w"]}, assign=True)
+        found = {**state_dict, "before": before, **linear.bfloat16().state_dict()}
+        return dict(sorted(found.items()))
+
+    check(file, converter)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda q: q.conj().zero_(), lambda q: (q.mH, q[0].mul_(2))], ids=["to the view", "to its base"]
+)
+def test_a_write_that_a_conjugate_view_would_share_is_refused(
+    file: str, write: Callable[[Tensor], Any]
+) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        q = torch.view_as_complex(state_dict["q"].view(6, 2, 2))
+        q.conj().clone().zero_()
+        write(q)
+        return {"q": q}
+
+    with pytest.raises(ConverterError, match=r'on .*"q", which writes to .* a conjugate or negative view'):
+        DiskMap(file, state_dict_converter=converter)
+
+
 def test_in_place_changes_of_shape(file: str) -> None:
     def converter(state_dict: StateDict) -> StateDict:
         # a product with a vector squeezes a temporary in place
@@ -230,6 +262,18 @@ def test_what_may_be_read_can_be_limited(file: str) -> None:
 def test_random_numbers_are_drawn_once(file: str) -> None:
     with DiskMap(file, state_dict_converter=lambda s: {"noise": torch.randn_like(s["q"])}) as lazy:
         assert_same(lazy["noise"], lazy["noise"])
+
+
+def test_what_is_written_at_random_may_be_what_says_how(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        torch.manual_seed(0)
+        return {"q": state_dict["q"].bernoulli_(state_dict["q"])}
+
+    check(file, converter, limit=None)
+
+
+def test_a_mask_for_a_real_tensor(file: str) -> None:
+    check(file, lambda s: {"eye": torch.eye(6)[s["q"][:, 0] > 0.5]}, limit=None)
 
 
 def test_a_constant_is_taken_as_it_was(file: str) -> None:
