@@ -67,7 +67,12 @@ def _load_whole(file: File, reason: str) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise _unpickling_error(file, error) from error
     file.check_unchanged(file.open())
-    return map_leaves(tree, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+    return map_leaves(tree, _plain)
+
+
+def _plain(leaf: Any) -> Any:
+    """Return tensors without gradient, and with bytes that mean what they say."""
+    return leaf.detach().resolve_conj().resolve_neg() if isinstance(leaf, Tensor) else leaf
 
 
 class _Archive:
@@ -102,7 +107,9 @@ class _Archive:
         except (NotImplementedError, RuntimeError) as error:
             if str(error).startswith("Unsupported "):  # torch before 2.5: an object that is no weight
                 raise _unpickling_error(self.file, error) from error
-            raise _NotLazy(f"torch cannot rebuild one of its tensors without data ({error})") from error
+            raise _NotLazy(
+                f"torch cannot rebuild one of its tensors without data ({_shown(error)})"
+            ) from error
         except _NotLazy:
             raise
         except Exception as error:  # the unpickler raises all kinds of errors on malformed input
@@ -163,10 +170,13 @@ def _layout_of(tensor: Tensor) -> Layout:
     return Layout(code, tensor.dtype, tuple(tensor.shape), span * tensor.itemsize, stride)
 
 
+def _shown(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
 def _unpickling_error(file: File, error: Exception) -> FormatError:
-    first_line = str(error).strip().partition("\n")[0][:300]
     return FormatError(
-        f"{file.path}: torch's weights-only loading refuses it ({type(error).__name__}: {first_line}). It "
+        f"{file.path}: torch's weights-only loading refuses it ({type(error).__name__}: {_shown(error)}). It "
         "is damaged, or holds Python objects other than weights, which could run code: save its state dict "
         "alone."
     )
