@@ -93,8 +93,8 @@ class Mappings:
         if layout.dtype is None or not _can_view(layout, layout.dtype, offset):
             return False
         brought_in = self._brought_in  # a new set may take its place meanwhile: then this was in vain
-        memory = self._map_of(file, 0)
-        if not bring_in(memory, file.open().fd, offset, offset + layout.nbytes):
+        memory, descriptor = self._map_of(file, 0), file.open()
+        if not bring_in(memory, descriptor.fd, offset, offset + layout.nbytes):
             return False
         brought_in.add((file, offset))
         return True

@@ -38,8 +38,9 @@ class _NotLazy(Exception):
 
 def read_zip(file: File) -> Any:
     """Return the structure of a zip-format file, with ``Stored`` in place of tensors."""
+    descriptor = file.open()
     try:
-        with io.FileIO(os.dup(file.open().fd)) as raw, zipfile.ZipFile(raw) as archive:
+        with io.FileIO(os.dup(descriptor.fd)) as raw, zipfile.ZipFile(raw) as archive:
             return _Archive(file, archive).read()
     except zipfile.BadZipFile as error:
         raise FormatError(
@@ -60,13 +61,14 @@ def _load_whole(file: File, reason: str) -> Any:
         "tensors.",
         stacklevel=2,
     )
+    descriptor = file.open()
     try:
-        with open(os.dup(file.open().fd), "rb") as raw:
+        with open(os.dup(descriptor.fd), "rb") as raw:
             raw.seek(0)
             tree = torch.load(raw, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise _unpickling_error(file, error) from error
-    file.check_unchanged(file.open())
+    file.check_unchanged(descriptor)
     return map_leaves(tree, _plain)
 
 
@@ -153,7 +155,8 @@ class _Archive:
                 f"{self.file.path}: the storage {key!r} has {member.file_size:,} bytes; its tensors need "
                 f"{nbytes:,}"
             )
-        header = read_bytes(self.file.open().fd, _LOCAL_HEADER.size, member.header_offset)
+        descriptor = self.file.open()
+        header = read_bytes(descriptor.fd, _LOCAL_HEADER.size, member.header_offset)
         if len(header) < _LOCAL_HEADER.size:
             raise FormatError(f"{self.file.path}: the archive ends within the storage {key!r}")
         start: int = member.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
