@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -254,6 +255,41 @@ def test_without_blocks_pages_are_read_in_sequence_before_they_are_mapped(
 
 def _refuse(*_: object) -> int:
     raise OSError("not here")
+
+
+@linux
+def test_a_file_that_is_evicted_while_it_is_brought_in(
+    mapped: DiskMap, now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, found = _mapping.bring_in, []
+
+    def evicted(memory: mmap.mmap, fd: int, start: int, stop: int) -> bool:
+        mapped._index.files[0].descriptor = None
+        found.append(os.fstat(fd).st_size)  # not closed, and so not another file by now
+        return own(memory, fd, start, stop)
+
+    monkeypatch.setattr(_mapping, "bring_in", evicted)
+    mapped.prefetch(["a"])
+    assert found == [os.path.getsize(mapped.files[0])]
+
+
+UNUSED = """
+import sys, time
+from safemap import DiskMap, _prefetch
+from safemap._mapping import Mappings
+begun = []
+Mappings.bring_in = lambda *_: (begun.append(1), time.sleep(60))
+disk_map = DiskMap(sys.argv[1], mmap=True)
+disk_map.prefetch(disk_map)
+while not begun:
+    time.sleep(0.001)
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_a_program_does_not_wait_for_what_it_will_not_use(mapped: DiskMap) -> None:
+    subprocess.run([sys.executable, "-c", UNUSED, mapped.files[0]], check=True, timeout=30)
 
 
 def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
