@@ -17,6 +17,7 @@ from safemap.testing import assert_same
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
+EDGES = 2  # pages of a tensor that others share
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ and /proc")
 
 
@@ -51,7 +52,7 @@ def mapped(weights: dict[str, Tensor], tmp_path: Path, save: Callable[..., str])
 def test_prefetch_maps_every_page(mapped: DiskMap, weights: dict[str, Tensor], now: None) -> None:
     view = mapped["b"]
     mapped.release(["b"])
-    assert resident_pages(view) == 0
+    assert resident_pages(view) <= EDGES
     mapped.prefetch(["b"])
     assert resident_pages(view) == -(-(view.data_ptr() % PAGE + view.nbytes) // PAGE)
     assert_same(view, weights["b"])
@@ -64,7 +65,7 @@ def test_release_lets_every_page_go_and_values_come_back(mapped: DiskMap, weight
         assert_same(view, weights[name])
         assert resident_pages(view) > 900
         mapped.release([name])
-        assert resident_pages(view) == 0
+        assert resident_pages(view) <= EDGES
         assert_same(view, weights[name])
 
 
@@ -89,7 +90,26 @@ def test_release_reaches_mappings_that_were_renewed(tmp_path: Path, weights: dic
     assert first.data_ptr() != second.data_ptr()
     assert first.sum() == second.sum()
     disk_map.release(["a"])
-    assert resident_pages(first) == resident_pages(second) == 0
+    assert max(resident_pages(first), resident_pages(second)) <= EDGES
+
+
+@linux
+def test_a_thread_may_write_to_the_neighbours_of_what_is_released(
+    mapped: DiskMap, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {name: mapped[name] for name in weights}
+    own = _pages._written
+
+    def written(address: int, pages: int) -> Tensor:
+        found = own(address, pages)
+        for name, index in (("a", -1), ("c", 0)):  # too late to be found
+            views[name].view(-1)[index] = weights[name].view(-1)[index] = 7
+        return found
+
+    monkeypatch.setattr(_pages, "_written", written)
+    mapped.release(["b"])
+    for name, view in views.items():
+        assert_same(view, weights[name])
 
 
 @linux
@@ -305,6 +325,21 @@ def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
     gate.set()
     assert done.wait(10)
     assert begun == [1, 2]
+
+
+@linux
+def test_what_was_released_before_its_turn_is_not_brought_in(
+    mapped: DiskMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[Any] = []
+    monkeypatch.setattr(_prefetch, "one_by_one", later.append)
+    mapped.prefetch(["a", "b"])
+    mapped.release(["a"])
+    brought: list[int] = []
+    monkeypatch.setattr(_mapping, "bring_in", lambda *given: brought.append(given[2]))
+    for task in later:
+        task()
+    assert brought == [mapped.info("b").offset]
 
 
 @linux

@@ -103,6 +103,7 @@ class Mappings:
         """Drop the pages of a tensor, except those that were written through a view."""
         file, layout, offset = entry
         self._brought_in.discard((file, offset))
+        self._expected.discard((file, offset))  # it would come back otherwise
         with self._lock:
             alive = list(self._alive.get(file, ())) if layout.nbytes else []
         for memory in alive:
