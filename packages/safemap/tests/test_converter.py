@@ -126,7 +126,7 @@ def test_data_that_is_replaced(file: str) -> None:
         before = state_dict["q"][0]
         state_dict["q"].data = state_dict["k"].data[:2].T  # shares its memory from now on
         state_dict["q"].mul_(2)
-        state_dict["v"].data = torch.arange(3)
+        state_dict["v"].data = torch.arange(10)[::5][:1]
         state_dict["flag"].data = state_dict["flag"].data.half()
         with torch.device("meta"):
             linear = nn.Linear(4, 6, bias=False)
@@ -407,6 +407,12 @@ def test_pickling_carries_what_was_recorded(file: str) -> None:
         for name in lazy:
             assert_same(again[name], lazy[name])
             assert again.info(name) == lazy.info(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.bool, torch.complex64], ids=str)
+def test_pickling_of_what_was_filled(dtype: torch.dtype, file: str) -> None:
+    with DiskMap(file, state_dict_converter=lambda s: {"x": torch.ones(2, 3, dtype=dtype)}) as lazy:
+        assert_same(pickle.loads(pickle.dumps(lazy))["x"], torch.ones(2, 3).to(dtype))
 
 
 def test_results_are_independent_and_own_their_memory(file: str) -> None:

@@ -78,7 +78,8 @@ class Recorder:
 
     def lazy(self, tensor: Tensor) -> LazyTensor:
         """Return a lazy copy of a real tensor."""
-        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).clone()
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
         content = Content.of(Held(flat), flat.numel())
         return self.tensor(content, tensor.dtype, tuple(tensor.shape), row_major(tensor.shape))
 
