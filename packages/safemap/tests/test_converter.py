@@ -137,6 +137,15 @@ def test_data_that_is_replaced(file: str) -> None:
     check(file, converter)
 
 
+def test_data_of_a_real_parameter(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        linear = nn.Linear(4, 6, bias=False)
+        linear.weight.data = state_dict["q"]
+        return {"twice": linear.weight.detach() * 2, **linear.half().state_dict()}
+
+    check(file, converter, limit=None)
+
+
 @pytest.mark.parametrize(
     "write", [lambda q: q.conj().zero_(), lambda q: (q.mH, q[0].mul_(2))], ids=["to the view", "to its base"]
 )
