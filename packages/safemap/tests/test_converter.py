@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import pickle
 import threading
 from collections.abc import Callable
@@ -147,7 +148,9 @@ def test_data_of_a_real_parameter(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [lambda q: q.conj().zero_(), lambda q: (q.mH, q[0].mul_(2))], ids=["to the view", "to its base"]
+    "write",
+    [lambda q: q.conj().zero_(), lambda q: (q.mH, q[0].mul_(2)), lambda q: (q.mH, operator.iadd(q, 1))],
+    ids=["to the view", "to its base", "by an operator"],
 )
 def test_a_write_that_a_conjugate_view_would_share_is_refused(
     file: str, write: Callable[[Tensor], Any]

@@ -117,6 +117,8 @@ def convert(
             f"the state_dict_converter {label} failed{during}: {type(error).__name__}: {error}"
             f"{_about_opaque(sources)}"
         ) from error
+    if recorder.refused:
+        raise recorder.refused  # Python takes a TypeError in `a += b` for a reason to try `a = a + b`
     if not isinstance(result, Mapping):
         raise ConverterError(
             f"the state_dict_converter {label} must return a dict; got {type(result).__name__}"

@@ -61,6 +61,7 @@ class Recorder:
         self.limit = limit
         self.forced_nbytes = 0
         self.failure: tuple[BaseException, str] | None = None  # the last one, and the call it is from
+        self.refused: ConverterError | None = None  # the first one; an operator such as += may have hidden it
         self._evaluate = evaluate
         self._lock = threading.RLock()  # a converter may use threads
 
@@ -272,12 +273,14 @@ class Recorder:
         return describe(view)
 
     def refusal(self, function: Any, args: Any, kwargs: Any, why: str) -> ConverterError:
-        """Return an error about an operator that cannot be followed."""
-        return ConverterError(
+        """Return an error about an operator that cannot be followed; it is remembered."""
+        error = ConverterError(
             f"the state_dict_converter {self.label} calls {_call_text(function, args, kwargs)}, which "
             f"{why}. Reading by name cannot follow that: use the form that returns a new tensor, or "
             "convert the file once."
         )
+        self.refused = self.refused or error
+        return error
 
 
 def describe(view: View) -> str:
