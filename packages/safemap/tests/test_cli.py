@@ -122,6 +122,12 @@ def test_convert_replaces_nothing_unasked_and_leaves_no_rests(path: str, tmp_pat
     assert main(["convert", str(tmp_path / "m.pth"), str(output), "--overwrite"]) == 1
     assert "complex128, which safetensors files cannot hold" in capsys.readouterr().err
     assert output.read_bytes() == b"precious"
+    for place, message in (("no/m.safetensors", "no: no such folder"), ("", ": a folder, not a file")):
+        folder = tmp_path / "x.safetensors"
+        folder.mkdir(exist_ok=True)
+        assert main(["convert", path, str(folder / place), "--overwrite"]) == 1
+        assert message in capsys.readouterr().err
+        folder.rmdir()
     assert sorted(os.listdir(tmp_path)) == ["m.pth", "model.safetensors", "out.safetensors"]
     assert main(["convert", path, str(output), "--overwrite"]) == 0
     assert len(DiskMap(output)) == 11

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safemap import DiskMap, MissingTensorError, _mapping, _pages, _prefetch
+from safemap import DiskMap, FileChangedError, MissingTensorError, _mapping, _pages, _prefetch
+from safemap._file import Descriptor, File
 from safemap._parallel import one_by_one
 from safemap.testing import assert_same
 from torch import Tensor
@@ -325,6 +326,21 @@ def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
     gate.set()
     assert done.wait(10)
     assert begun == [1, 2]
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_file_that_is_truncated_just_before_it_is_mapped(
+    left: int, mapped: DiskMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = File.check_unchanged
+
+    def too_early(file: File, descriptor: Descriptor) -> None:
+        own(file, descriptor)
+        os.truncate(file.path, left)
+
+    monkeypatch.setattr(File, "check_unchanged", too_early)
+    with pytest.raises(FileChangedError, match=f"and now has {left}"):
+        mapped["a"]
 
 
 @linux

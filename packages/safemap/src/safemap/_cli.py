@@ -194,6 +194,11 @@ def _convert(options: argparse.Namespace) -> int:
     paths, output = _split_last(options, "a file to write")
     if not output.endswith(".safetensors"):
         raise SafemapError(f"{output}: the output must end in .safetensors")
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        raise SafemapError(f"{folder}: no such folder")
+    if os.path.isdir(output):
+        raise SafemapError(f"{output}: a folder, not a file to write")
     if os.path.exists(output) and not options.overwrite:
         raise SafemapError(f"{output}: exists; pass --overwrite to replace it")
     with _open(paths, unwrap=True) as disk_map:
