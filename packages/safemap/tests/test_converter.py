@@ -422,9 +422,17 @@ def test_pickling_carries_what_was_recorded(file: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.bool, torch.complex64], ids=str)
-def test_pickling_of_what_was_filled(dtype: torch.dtype, file: str) -> None:
-    with DiskMap(file, state_dict_converter=lambda s: {"x": torch.ones(2, 3, dtype=dtype)}) as lazy:
-        assert_same(pickle.loads(pickle.dumps(lazy))["x"], torch.ones(2, 3).to(dtype))
+def test_pickling_of_what_is_not_in_the_file(dtype: torch.dtype, file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        constant = torch.arange(6).view(2, 3).to(dtype)
+        sure = torch.where(torch.tensor(True), constant, state_dict["q"][:2, :3].to(dtype))
+        return {"filled": torch.ones(2, 3, dtype=dtype), "real": constant.T, "sure": sure}
+
+    eager = converter(tensors())
+    with DiskMap(file, state_dict_converter=converter) as lazy:
+        again = pickle.loads(pickle.dumps(lazy))
+    for name, expected in eager.items():
+        assert_same(again[name], expected)
 
 
 def test_results_are_independent_and_own_their_memory(file: str) -> None:
