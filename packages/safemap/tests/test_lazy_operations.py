@@ -124,6 +124,8 @@ TABLE: dict[str, tuple[Callable[[StateDict], Any], int]] = {
     "adjoint times itself": (lambda s: _complex(s).mH @ _complex(s), WHOLE),
     "imaginary part of a conjugate": (lambda s: _complex(s).conj().imag, WHOLE),
     "part of a conjugate": (lambda s: _complex(s).conj()[1:3, 0], WHOLE),
+    "conjugate of a repeated row": (lambda s: _complex(s)[:1].expand(3, 2, 2).conj(), 16),
+    "conjugate of columns": (lambda s: _complex(s)[:, :1].conj(), 6 * 8),
     "filled with a negative zero": (lambda s: s["a"].fill_(-0.0), 0),
     "mean of a stack": (lambda s: torch.stack([s["a"], s["b"]]).mean(0), 2 * WHOLE),
     "part of a sum": (lambda s: (s["a"] + s["b"])[1:2], 2 * WHOLE),

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from safemap._errors import ConverterError
 from safemap._lazy_content import Content, Held, Result, Source
 from safemap._lazy_evaluate import view_of
-from safemap._lazy_graph import CPU, Operation, OutputInfo, View, Whole, source_ranges
+from safemap._lazy_graph import CPU, Operation, OutputInfo, View, Whole, is_dense, source_ranges
 from safemap._lazy_rules import RULES, overlaps_itself, row_major
 from safemap._lazy_tensor import LazyTensor, Storage
 
@@ -159,7 +159,7 @@ class Recorder:
         leaves = tree_leaves(outputs)
         infos: list[OutputInfo | None] = [
             OutputInfo(
-                leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), device or inputs[0].storage_.device
+                leaf.dtype, tuple(leaf.shape), _recorded_stride(leaf), device or inputs[0].storage_.device
             )
             if isinstance(leaf, Tensor)
             else None
@@ -172,7 +172,7 @@ class Recorder:
                 results.append(leaf)
                 continue
             storage, offset = by_storage.get(leaf.untyped_storage()._cdata), leaf.storage_offset()
-            is_flipped = leaf.is_conj() or leaf.is_neg()
+            is_flipped = _is_flipped(leaf)
             if storage is not None and is_flipped:
                 storage.is_frozen = True
             if storage is None or is_flipped:  # Note [Views by storage], Note [Conjugate views]
@@ -295,6 +295,16 @@ def describe(view: View) -> str:
 def _call_text(function: Any, args: Any, kwargs: Any) -> str:
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)]
     return f"{function} on {describe(found[0].view_now())}" if found else str(function)
+
+
+def _is_flipped(tensor: Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _recorded_stride(output: Tensor) -> tuple[int, ...]:
+    """Return the strides of an output; of a view that becomes memory of its own, without gaps or overlap."""
+    shape, stride = tuple(output.shape), tuple(output.stride())
+    return row_major(shape) if _is_flipped(output) and not is_dense(shape, stride) else stride
 
 
 def _meta(leaf: Any) -> Any:
