@@ -11,7 +11,8 @@ import pytest
 import torch
 from safemap import DiskMap
 from safemap._cli import main
-from safemap.testing import assert_same
+from safemap._dtypes import TORCH_DTYPES
+from safemap.testing import assert_same, safetensors_bytes
 from torch import Tensor
 
 
@@ -121,6 +122,12 @@ def test_convert_replaces_nothing_unasked_and_leaves_no_rests(path: str, tmp_pat
     assert main(["convert", str(tmp_path / "m.pth"), str(output), "--overwrite"]) == 1
     assert "complex128, which safetensors files cannot hold" in capsys.readouterr().err
     assert output.read_bytes() == b"precious"
+    for place, message in (("no/m.safetensors", "no: no such folder"), ("", ": a folder, not a file")):
+        folder = tmp_path / "x.safetensors"
+        folder.mkdir(exist_ok=True)
+        assert main(["convert", path, str(folder / place), "--overwrite"]) == 1
+        assert message in capsys.readouterr().err
+        folder.rmdir()
     assert sorted(os.listdir(tmp_path)) == ["m.pth", "model.safetensors", "out.safetensors"]
     assert main(["convert", path, str(output), "--overwrite"]) == 0
     assert len(DiskMap(output)) == 11
@@ -133,6 +140,43 @@ def test_convert_of_what_is_no_tensor(tmp_path: Path, capsys: pytest.CaptureFixt
     assert '"step" is no tensor that torch can hold; pass --tensors-only' in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "m.pth"), output, "--tensors-only"]) == 0
     assert list(DiskMap(output)) == ["a"]
+
+
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = str(tmp_path / "m.pth"), str(tmp_path / "out.safetensors")
+    torch.save({0: torch.ones(2), "a\ud800": torch.ones(2)}, path)
+    assert main(["ls", path]) == main(["verify", path, "--checksum"]) == 0
+    assert "  a\\ud800\n" in capsys.readouterr().out
+    for name in (0, "a\ud800", "__metadata__"):  # the last would take the place of the metadata
+        torch.save({"b": torch.ones(2), name: torch.ones(2)}, path)
+        assert main(["convert", path, output]) == 1
+        assert f"{name!r} cannot be the name of a tensor in a safetensors file" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_values_that_torch_cannot_compute_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dtype = TORCH_DTYPES.get("F4")
+    if dtype is None:
+        pytest.skip("this torch has no F4")
+    header = {"t": {"dtype": "F4", "shape": [2, 8], "data_offsets": [0, 8]}}
+    (tmp_path / "m.safetensors").write_bytes(safetensors_bytes(header, bytes(8)))
+    path = str(tmp_path / "m.safetensors")
+    assert main(["show", path, "t"]) == main(["verify", path, "--nan", "--checksum"]) == 0
+    out = capsys.readouterr().out
+    assert "NaN      0\n" in out
+    assert "\nvalues" not in out
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough(path: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "safemap", "ls", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
 
 
 def test_wrong_usage(path: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import pickle
 import threading
 from collections.abc import Callable
@@ -121,6 +122,49 @@ def test_it_may_write_more_often_than_python_can_recurse(file: str) -> None:
         assert_same(again["q"], lazy["q"])
 
 
+def test_data_that_is_replaced(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        before = state_dict["q"][0]
+        state_dict["q"].data = state_dict["k"].data[:2].T  # shares its memory from now on
+        state_dict["q"].mul_(2)
+        state_dict["v"].data = torch.arange(10)[::5][:1]
+        state_dict["flag"].data = state_dict["flag"].data.half()
+        with torch.device("meta"):
+            linear = nn.Linear(4, 6, bias=False)
+        linear.load_state_dict({"weight": state_dict["w"]}, assign=True)
+        found = {**state_dict, "before": before, **linear.bfloat16().state_dict()}
+        return dict(sorted(found.items()))
+
+    check(file, converter)
+
+
+def test_data_of_a_real_parameter(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        linear = nn.Linear(4, 6, bias=False)
+        linear.weight.data = state_dict["q"]
+        return {"twice": linear.weight.detach() * 2, **linear.half().state_dict()}
+
+    check(file, converter, limit=None)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda q: q.conj().zero_(), lambda q: (q.mH, q[0].mul_(2)), lambda q: (q.mH, operator.iadd(q, 1))],
+    ids=["to the view", "to its base", "by an operator"],
+)
+def test_a_write_that_a_conjugate_view_would_share_is_refused(
+    file: str, write: Callable[[Tensor], Any]
+) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        q = torch.view_as_complex(state_dict["q"].view(6, 2, 2))
+        q.conj().clone().zero_()
+        write(q)
+        return {"q": q}
+
+    with pytest.raises(ConverterError, match=r'on .*"q", which writes to .* a conjugate or negative view'):
+        DiskMap(file, state_dict_converter=converter)
+
+
 def test_in_place_changes_of_shape(file: str) -> None:
     def converter(state_dict: StateDict) -> StateDict:
         # a product with a vector squeezes a temporary in place
@@ -230,6 +274,18 @@ def test_what_may_be_read_can_be_limited(file: str) -> None:
 def test_random_numbers_are_drawn_once(file: str) -> None:
     with DiskMap(file, state_dict_converter=lambda s: {"noise": torch.randn_like(s["q"])}) as lazy:
         assert_same(lazy["noise"], lazy["noise"])
+
+
+def test_what_is_written_at_random_may_be_what_says_how(file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        torch.manual_seed(0)
+        return {"q": state_dict["q"].bernoulli_(state_dict["q"])}
+
+    check(file, converter, limit=None)
+
+
+def test_a_mask_for_a_real_tensor(file: str) -> None:
+    check(file, lambda s: {"eye": torch.eye(6)[s["q"][:, 0] > 0.5]}, limit=None)
 
 
 def test_a_constant_is_taken_as_it_was(file: str) -> None:
@@ -363,6 +419,20 @@ def test_pickling_carries_what_was_recorded(file: str) -> None:
         for name in lazy:
             assert_same(again[name], lazy[name])
             assert again.info(name) == lazy.info(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.bool, torch.complex64], ids=str)
+def test_pickling_of_what_is_not_in_the_file(dtype: torch.dtype, file: str) -> None:
+    def converter(state_dict: StateDict) -> StateDict:
+        constant = torch.arange(6).view(2, 3).to(dtype)
+        sure = torch.where(torch.tensor(True), constant, state_dict["q"][:2, :3].to(dtype))
+        return {"filled": torch.ones(2, 3, dtype=dtype), "real": constant.T, "sure": sure}
+
+    eager = converter(tensors())
+    with DiskMap(file, state_dict_converter=converter) as lazy:
+        again = pickle.loads(pickle.dumps(lazy))
+    for name, expected in eager.items():
+        assert_same(again[name], expected)
 
 
 def test_results_are_independent_and_own_their_memory(file: str) -> None:

@@ -53,6 +53,10 @@ def _loop(s: StateDict) -> Tensor:
     return stacked
 
 
+def _complex(s: StateDict) -> Tensor:
+    return torch.view_as_complex(s["a"].view(6, 2, 2))
+
+
 #: name -> function of the state dict, bytes of the file that the result takes
 TABLE: dict[str, tuple[Callable[[StateDict], Any], int]] = {
     # views of one tensor
@@ -115,7 +119,14 @@ TABLE: dict[str, tuple[Callable[[StateDict], Any], int]] = {
     "pad": (lambda s: F.pad(s["a"], (0, 1)), WHOLE),
     "interpolate": (lambda s: F.interpolate(s["a"][None], size=8), WHOLE),
     "sort": (lambda s: s["a"].sort(dim=0).indices, WHOLE),
-    "complex": (lambda s: torch.view_as_complex(s["a"].view(6, 2, 2)), WHOLE),
+    "complex": (_complex, WHOLE),
+    "conjugate": (lambda s: _complex(s).conj(), WHOLE),
+    "adjoint times itself": (lambda s: _complex(s).mH @ _complex(s), WHOLE),
+    "imaginary part of a conjugate": (lambda s: _complex(s).conj().imag, WHOLE),
+    "part of a conjugate": (lambda s: _complex(s).conj()[1:3, 0], WHOLE),
+    "conjugate of a repeated row": (lambda s: _complex(s)[:1].expand(3, 2, 2).conj(), 16),
+    "conjugate of columns": (lambda s: _complex(s)[:, :1].conj(), 6 * 8),
+    "filled with a negative zero": (lambda s: s["a"].fill_(-0.0), 0),
     "mean of a stack": (lambda s: torch.stack([s["a"], s["b"]]).mean(0), 2 * WHOLE),
     "part of a sum": (lambda s: (s["a"] + s["b"])[1:2], 2 * WHOLE),
 }

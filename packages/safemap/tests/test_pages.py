@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safemap import DiskMap, MissingTensorError, _mapping, _pages, _prefetch
+from safemap import DiskMap, FileChangedError, MissingTensorError, _mapping, _pages, _prefetch
+from safemap._file import Descriptor, File
 from safemap._parallel import one_by_one
 from safemap.testing import assert_same
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
+EDGES = 2  # pages of a tensor that others share
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ and /proc")
 
 
@@ -50,7 +53,7 @@ def mapped(weights: dict[str, Tensor], tmp_path: Path, save: Callable[..., str])
 def test_prefetch_maps_every_page(mapped: DiskMap, weights: dict[str, Tensor], now: None) -> None:
     view = mapped["b"]
     mapped.release(["b"])
-    assert resident_pages(view) == 0
+    assert resident_pages(view) <= EDGES
     mapped.prefetch(["b"])
     assert resident_pages(view) == -(-(view.data_ptr() % PAGE + view.nbytes) // PAGE)
     assert_same(view, weights["b"])
@@ -63,7 +66,7 @@ def test_release_lets_every_page_go_and_values_come_back(mapped: DiskMap, weight
         assert_same(view, weights[name])
         assert resident_pages(view) > 900
         mapped.release([name])
-        assert resident_pages(view) == 0
+        assert resident_pages(view) <= EDGES
         assert_same(view, weights[name])
 
 
@@ -88,7 +91,26 @@ def test_release_reaches_mappings_that_were_renewed(tmp_path: Path, weights: dic
     assert first.data_ptr() != second.data_ptr()
     assert first.sum() == second.sum()
     disk_map.release(["a"])
-    assert resident_pages(first) == resident_pages(second) == 0
+    assert max(resident_pages(first), resident_pages(second)) <= EDGES
+
+
+@linux
+def test_a_thread_may_write_to_the_neighbours_of_what_is_released(
+    mapped: DiskMap, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {name: mapped[name] for name in weights}
+    own = _pages._written
+
+    def written(address: int, pages: int) -> Tensor:
+        found = own(address, pages)
+        for name, index in (("a", -1), ("c", 0)):  # too late to be found
+            views[name].view(-1)[index] = weights[name].view(-1)[index] = 7
+        return found
+
+    monkeypatch.setattr(_pages, "_written", written)
+    mapped.release(["b"])
+    for name, view in views.items():
+        assert_same(view, weights[name])
 
 
 @linux
@@ -256,6 +278,41 @@ def _refuse(*_: object) -> int:
     raise OSError("not here")
 
 
+@linux
+def test_a_file_that_is_evicted_while_it_is_brought_in(
+    mapped: DiskMap, now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, found = _mapping.bring_in, []
+
+    def evicted(memory: mmap.mmap, fd: int, start: int, stop: int) -> bool:
+        mapped._index.files[0].descriptor = None
+        found.append(os.fstat(fd).st_size)  # not closed, and so not another file by now
+        return own(memory, fd, start, stop)
+
+    monkeypatch.setattr(_mapping, "bring_in", evicted)
+    mapped.prefetch(["a"])
+    assert found == [os.path.getsize(mapped.files[0])]
+
+
+UNUSED = """
+import sys, time
+from safemap import DiskMap, _prefetch
+from safemap._mapping import Mappings
+begun = []
+Mappings.bring_in = lambda *_: (begun.append(1), time.sleep(60))
+disk_map = DiskMap(sys.argv[1], mmap=True)
+disk_map.prefetch(disk_map)
+while not begun:
+    time.sleep(0.001)
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_a_program_does_not_wait_for_what_it_will_not_use(mapped: DiskMap) -> None:
+    subprocess.run([sys.executable, "-c", UNUSED, mapped.files[0]], check=True, timeout=30)
+
+
 def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
     begun: list[int] = []
     gate, done = threading.Event(), threading.Event()
@@ -269,6 +326,36 @@ def test_what_is_mapped_in_order_is_mapped_one_after_the_other() -> None:
     gate.set()
     assert done.wait(10)
     assert begun == [1, 2]
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_file_that_is_truncated_just_before_it_is_mapped(
+    left: int, mapped: DiskMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = File.check_unchanged
+
+    def too_early(file: File, descriptor: Descriptor) -> None:
+        own(file, descriptor)
+        os.truncate(file.path, left)
+
+    monkeypatch.setattr(File, "check_unchanged", too_early)
+    with pytest.raises(FileChangedError, match=f"and now has {left}"):
+        mapped["a"]
+
+
+@linux
+def test_what_was_released_before_its_turn_is_not_brought_in(
+    mapped: DiskMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[Any] = []
+    monkeypatch.setattr(_prefetch, "one_by_one", later.append)
+    mapped.prefetch(["a", "b"])
+    mapped.release(["a"])
+    brought: list[int] = []
+    monkeypatch.setattr(_mapping, "bring_in", lambda *given: brought.append(given[2]))
+    for task in later:
+        task()
+    assert brought == [mapped.info("b").offset]
 
 
 @linux

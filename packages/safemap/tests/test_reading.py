@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemap import ConverterError, DiskMap, MismatchError, UnsupportedTensorError, load_state_dict
+from safemap import (
+    ConverterError,
+    DiskMap,
+    MismatchError,
+    UnsupportedTensorError,
+    _cast,
+    load_state_dict,
+)
 from safemap._buffers import bytes_of
 from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
@@ -281,6 +288,20 @@ def test_threads_share_a_map(path: str, tensors: dict[str, Tensor]) -> None:
     with ThreadPoolExecutor(8) as pool:
         for name, found in zip(work, pool.map(disk_map.__getitem__, work), strict=True):
             assert_same(found, tensors[name])
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"]
+)
+def test_modes_of_the_caller_change_no_value(mode, stored: torch.dtype, tmp_path: Path, save) -> None:
+    tensor = torch.randn(1500, 1000).to(stored)
+    path = save(tmp_path / "m.safetensors", {"t": tensor})
+    _cast._table.cache_clear()
+    with mode():
+        inside = DiskMap(path, torch_dtype=torch.bfloat16, threads=3)["t"]
+    assert_same(inside, tensor.to(torch.bfloat16))
+    assert_same(DiskMap(path, torch_dtype=torch.bfloat16, threads=3)["t"], inside)  # nothing is left behind
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

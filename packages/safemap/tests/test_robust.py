@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemap import ClosedMapError, DiskMap, FileChangedError, SafemapError
-from safemap._file import OpenFiles
+from safemap import ClosedMapError, DiskMap, FileChangedError, SafemapError, _contents, _torch_file
+from safemap._file import File, OpenFiles
 from safemap.testing import assert_same
 from torch import Tensor
 
@@ -146,6 +146,28 @@ def test_evicted_files_are_opened_again(two_at_a_time: OpenFiles, tmp_path: Path
         for name in disk_map:
             assert disk_map[name].item() == int(name)
             assert len(two_at_a_time) <= 2
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_files_are_evicted_while_another_is_opened(
+    suffix: str, two_at_a_time: OpenFiles, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [save(tmp_path / f"{i}.safetensors", {"a": torch.tensor(i)}) for i in range(5)]
+    path = str(tmp_path / f"m.{suffix}")
+    (torch.save if suffix == "pth" else lambda t, to: save(to, t))({"t": torch.ones(3)}, path)
+    opened: list[File] = []
+
+    def crowded(function):
+        def call(*given):
+            opened[:] = [File(other) for other in others]  # as other threads may
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(_contents, "read_bytes", crowded(_contents.read_bytes))
+    monkeypatch.setattr(_torch_file, "read_bytes", crowded(_torch_file.read_bytes))
+    monkeypatch.setattr(os, "dup", crowded(os.dup))
+    assert_same(DiskMap(path)["t"], torch.ones(3))
 
 
 def test_an_evicted_file_that_was_replaced_is_refused(two_at_a_time: OpenFiles, tmp_path: Path, save) -> None:

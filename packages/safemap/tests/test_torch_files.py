@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemap import DiskMap, FormatError, load_state_dict
+from safemap import ConverterError, DiskMap, FormatError, load_state_dict
+from safemap._cli import main
 from safemap.testing import assert_same
 from torch import nn
 
@@ -162,6 +163,52 @@ def test_what_meta_tensors_cannot_stand_for_is_read_whole(tmp_path: Path) -> Non
         disk_map = DiskMap(saved(tmp_path, content))
         assert_same(disk_map["w"], BASE)
     assert_same(disk_map["c"].resolve_conj(), torch.tensor([1 - 2j]))
+
+
+@pytest.mark.filterwarnings("ignore:.*read as a whole")
+def test_conjugate_and_negative_tensors_mean_the_same_whoever_reads_them(tmp_path: Path) -> None:
+    stored = {"c": torch.tensor([1 + 2j, 3j]).conj(), "n": torch._neg_view(BASE), "w": BASE}
+    path = saved(tmp_path, stored)
+    copied = DiskMap(path, state_dict_converter=lambda s: {name: t.clone() for name, t in s.items()})
+    together = DiskMap(path).tensors()
+    for name, tensor in stored.items():
+        assert_same(copied[name], tensor)
+        assert_same(together[name], tensor)
+    assert main(["convert", path, str(tmp_path / "m.safetensors")]) == 0
+    for name, tensor in stored.items():
+        assert_same(DiskMap(tmp_path / "m.safetensors")[name], tensor)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as a whole", "ignore:.*uantized", "ignore:Sparse", "ignore:Typed")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse_coo"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse_csr"),
+        (lambda: torch.quantize_per_tensor(BASE, 0.5, 0, torch.qint8), "qint8"),
+    ],
+    ids=["sparse", "rows", "quantized"],
+)
+def test_what_is_no_plain_memory_is_passed_on(make, kind: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"s": make(), "w": BASE})
+    plain = DiskMap(path)
+    renamed = DiskMap(path, state_dict_converter=lambda s: {"t": s["s"], "x": s["w"] * 2})
+    assert plain.info("s").nbytes > 0
+    for found in (plain["s"], plain.tensors()["s"], renamed["t"], renamed.tensors()["t"]):
+        assert found.layout == make().layout
+        assert found.is_quantized == make().is_quantized
+        assert_same(_dense(found), _dense(make()))
+    assert_same(renamed["x"], BASE * 2)
+    with pytest.raises(ConverterError, match=f"stored as {kind} can be passed on by a converter"):
+        DiskMap(path, state_dict_converter=lambda s: {"t": s["s"] + s["w"]})
+    for command in (["ls", path], ["show", path, "s"], ["verify", path, "--nan", "--checksum"]):
+        assert main(command) == 0
+    assert main(["convert", path, str(tmp_path / "m.safetensors")]) == 1
+    assert os.listdir(tmp_path) == ["m.pth"]
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
 
 
 def rewritten(path: str, change) -> str:

@@ -79,5 +79,5 @@ def _conversion(stored: torch.dtype, out: Tensor) -> Convert:
 @functools.lru_cache(maxsize=8)
 def _table(stored: torch.dtype, wanted: torch.dtype, pairs: torch.dtype) -> Tensor:
     """Return the converted value of every pair of bytes, indexed by the pair as a 16-bit number."""
-    every_pair = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    every_pair = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
     return every_pair.view(torch.uint8).view(stored).to(wanted).view(pairs)

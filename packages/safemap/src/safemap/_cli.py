@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from safemap._errors import SafemapError, UnsupportedTensorError
-from safemap._examine import checksum, count_not_finite, examine
+from safemap._examine import checksum, computable, count_not_finite, examine
 from safemap._layout import TensorInfo
 from safemap._map import DiskMap
 from safemap._progress import progress
@@ -27,12 +28,18 @@ _SHOWN_VALUES = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 for a bad checkpoint, 2 for wrong usage."""
     options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if options.command == "convert" else "default")
             status: int = options.run(options)
+            sys.stdout.flush()
             return status
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end
+        return 1
     except (SafemapError, OSError) as error:
         print(f"safemap: {error}", file=sys.stderr)
         return 1
@@ -100,7 +107,7 @@ def _infos(disk_map: DiskMap) -> Iterator[tuple[str, TensorInfo | None]]:
 
 def _ls(options: argparse.Namespace) -> int:
     with _open(options.path) as disk_map:
-        rows = [(name, info) for name, info in _infos(disk_map) if fnmatch.fnmatchcase(name, options.match)]
+        rows = [row for row in _infos(disk_map) if fnmatch.fnmatchcase(str(row[0]), options.match)]
         files = disk_map.files
     total = 0
     for name, info in rows:
@@ -150,8 +157,11 @@ def _show(options: argparse.Namespace) -> int:
         print(f"range    {facts.low:.6g} to {facts.high:.6g}, mean {facts.mean:.6g}")
     print(f"NaN      {facts.nans:,}")
     print(f"Inf      {facts.infs:,}")
-    values = tensor.reshape(-1)[:_SHOWN_VALUES].to(torch.complex128 if tensor.is_complex() else torch.float64)
-    print(f"values   {', '.join(f'{value:.6g}' for value in values.tolist())}")
+    found = computable(tensor)
+    if found is not None:
+        first = found.reshape(-1)[:_SHOWN_VALUES]
+        values = first.to(torch.complex128 if first.is_complex() else torch.float64)
+        print(f"values   {', '.join(f'{value:.6g}' for value in values.tolist())}")
     return 0
 
 
@@ -171,7 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
                     columns.append(f"{nans:>10,} NaN {infs:>10,} Inf")
                     bad += nans + infs > 0
                 if columns:
-                    print("  ".join([*columns, name]))
+                    print("  ".join([*columns, str(name)]))
                 advance(info.nbytes)
         files = disk_map.files
     read = "headers read" if options.headers else f"{total:,} bytes read"
@@ -184,6 +194,11 @@ def _convert(options: argparse.Namespace) -> int:
     paths, output = _split_last(options, "a file to write")
     if not output.endswith(".safetensors"):
         raise SafemapError(f"{output}: the output must end in .safetensors")
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        raise SafemapError(f"{folder}: no such folder")
+    if os.path.isdir(output):
+        raise SafemapError(f"{output}: a folder, not a file to write")
     if os.path.exists(output) and not options.overwrite:
         raise SafemapError(f"{output}: exists; pass --overwrite to replace it")
     with _open(paths, unwrap=True) as disk_map:

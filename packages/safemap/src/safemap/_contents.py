@@ -93,7 +93,8 @@ def is_tensor_leaf(value: object) -> bool:
 def open_contents(path: str) -> Contents:
     """Open a file and list what is in it; no tensor is read, except from legacy pickles."""
     file = File(path)
-    head = read_bytes(file.open().fd, LENGTH_BYTES, 0)
+    descriptor = file.open()
+    head = read_bytes(descriptor.fd, LENGTH_BYTES, 0)
     if not path.endswith(".safetensors"):
         if head.startswith(b"GGUF"):
             from safemap._gguf import read_gguf  # needed for such files only

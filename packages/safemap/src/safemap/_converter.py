@@ -23,7 +23,7 @@ from safemap._lazy_factories import LazyFactories
 from safemap._lazy_graph import View
 from safemap._lazy_pickle import pack, unpack
 from safemap._lazy_record import Recorder
-from safemap._lazy_sources import Original, Output, Sources
+from safemap._lazy_sources import Original, Output, Sources, opaque_kind
 from safemap._lazy_tensor import LazyTensor, Storage
 from safemap._lazy_value import Computed
 from safemap._read import Reader, Target
@@ -117,6 +117,8 @@ def convert(
             f"the state_dict_converter {label} failed{during}: {type(error).__name__}: {error}"
             f"{_about_opaque(sources)}"
         ) from error
+    if recorder.refused:
+        raise recorder.refused  # Python takes a TypeError in `a += b` for a reason to try `a = a + b`
     if not isinstance(result, Mapping):
         raise ConverterError(
             f"the state_dict_converter {label} must return a dict; got {type(result).__name__}"
@@ -152,7 +154,7 @@ def _lazy_tensors(
     storages: dict[int, Storage] = {}
     for number, view in enumerate(sources.views()):
         home = sources.home(number)
-        if view is None:  # the installed torch cannot hold it
+        if view is None:  # it can only be passed on
             tensors.append(Output(Original(number), home))
             continue
         storage = storages.get(home)
@@ -168,9 +170,7 @@ def _lazy_tensors(
 
 def _about_opaque(sources: Sources) -> str:
     """Say which tensors the converter has been given as something that it can only pass on."""
-    codes = sorted(
-        {entry[1].code for entry in sources.originals if not isinstance(entry, Tensor) and not entry[1].dtype}
-    )
+    codes = sorted({kind for tensor in sources.originals if (kind := opaque_kind(tensor))})
     if not codes:
         return ""
     return f". Tensors stored as {', '.join(codes)} can be passed on by a converter, not computed with."

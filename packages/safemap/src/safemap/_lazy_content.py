@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Fill:
     """One element, repeated without end."""
 
     element: Tensor  # (1,)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # as bytes: torch cannot unpickle tensors of the newer dtypes
+        return _fill_of, (self.element.view(torch.uint8), self.element.dtype)
+
+
+def _fill_of(element: Tensor, dtype: torch.dtype) -> Fill:
+    return Fill(element.view(dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,7 @@
 """``torch.zeros`` and the like, as a converter calls them.
 
 A converter may fill a new tensor part by part, or append zeros.  For that a new tensor has to be lazy from
-the start: what is written into a real one must be read at once.
+the start: what is written into a real one must be read at once.  So must what becomes its ``data``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from safemap._lazy_record import Recorder
 from safemap._lazy_rules import fill
+from safemap._lazy_tensor import LazyTensor
 
 _FACTORIES: dict[Any, int] = {torch.empty: 0, torch.zeros: 0, torch.ones: 0, torch.full: 1}
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 #: code that makes tensors for itself, and wants memory
 _LIBRARIES = {"torch", "safemap", "safetensors", "numpy"}
 
@@ -32,6 +34,9 @@ class LazyFactories(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function == _SET_DATA and not isinstance(args[0], LazyTensor) and isinstance(args[1], LazyTensor):
+            # torch would make a real tensor of it that has neither memory nor a recorder, and die of it
+            return function(args[0], args[1].values("assignment to the data of a real tensor"))
         values = _FACTORIES.get(function)
         if values is None or kwargs.keys() - {"dtype", "size"} or not _is_own_code(sys._getframe(1)):
             return function(*args, **kwargs)

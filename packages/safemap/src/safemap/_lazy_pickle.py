@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safemap._contents import map_leaves
 from safemap._lazy_content import Content, Leaf, Piece, Result
@@ -19,6 +20,28 @@ class _Reference:
 
     number: int
     is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Stands for a tensor in memory: torch cannot unpickle those of the newer dtypes."""
+
+    bytes: Tensor  # (nbytes,) uint8
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Values | Tensor:
+        """Return what stands for *tensor*; itself if it is no plain memory."""
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            return tensor
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        return cls(flat, tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """Return the tensor again, row-major."""
+        return self.bytes.view(self.dtype).view(self.shape)
 
 
 class _Packer:
@@ -59,11 +82,13 @@ class _Packer:
             self.steps.append((pieces, item.dtype, item.shape, item.stride, item.offset, item.device))
             return
 
-        def change(leaf: View | Whole) -> _Reference:
+        def change(leaf: View | Whole | Tensor) -> _Reference | _Values | Tensor:
+            if isinstance(leaf, Tensor):
+                return _Values.of(leaf)
             is_whole = isinstance(leaf, Whole)
             return _Reference(self.views[leaf.view if isinstance(leaf, Whole) else leaf], is_whole)
 
-        args, kwargs = replace_leaves((item.args, item.kwargs), (View, Whole), change)
+        args, kwargs = replace_leaves((item.args, item.kwargs), (View, Whole, Tensor), change)
         schema = item.function._schema
         self.operations[item] = len(self.operations)
         self.steps.append((schema.name, schema.overload_name or "default", args, kwargs, item.outputs))
@@ -87,7 +112,7 @@ def pack(tree: Any) -> tuple[Any, list[tuple[Any, ...]]]:
     def change(leaf: Any) -> Any:
         if isinstance(leaf, Output) and isinstance(leaf.tensor, View):
             return _Packed(packer.number(leaf.tensor), leaf.storage)
-        return leaf
+        return _Values.of(leaf) if isinstance(leaf, Tensor) else leaf
 
     return map_leaves(tree, change), packer.steps
 
@@ -97,7 +122,9 @@ def unpack(tree: Any, steps: list[tuple[Any, ...]]) -> Any:
     operations: list[Operation] = []
     views: list[View] = []
 
-    def lookup(leaf: _Reference) -> View | Whole:
+    def lookup(leaf: _Reference | _Values) -> View | Whole | Tensor:
+        if isinstance(leaf, _Values):
+            return leaf.tensor()
         return Whole(views[leaf.number]) if leaf.is_whole else views[leaf.number]
 
     for step in steps:
@@ -111,6 +138,8 @@ def unpack(tree: Any, steps: list[tuple[Any, ...]]) -> Any:
             views.append(View(Content(pieces), *step[1:]))
 
     def restore(leaf: Any) -> Any:
+        if isinstance(leaf, _Values):
+            return leaf.tensor()
         return Output(views[leaf.view], leaf.storage) if isinstance(leaf, _Packed) else leaf
 
     return map_leaves(tree, restore)
@@ -121,5 +150,5 @@ def _operation(
 ) -> Operation:
     namespace, _, base = name.partition("::")
     function = getattr(getattr(getattr(torch.ops, namespace), base), overload)
-    args, kwargs = replace_leaves((args, kwargs), _Reference, lookup)
+    args, kwargs = replace_leaves((args, kwargs), (_Reference, _Values), lookup)
     return Operation(function, args, kwargs, outputs)

@@ -5,6 +5,11 @@ Note [Views by storage]
     output is a view is not taken from a list of view operators: it is one if torch put it into the storage
     of an input.  A view is then known completely by its offset and strides, whatever chain of operators made
     it, and a write through one view is seen through the others, as in memory.
+
+Note [Conjugate views]
+    Conjugate and negative views (``conj()``, ``.mH``) lie in the storage of their input, but their bytes mean
+    something else there, which strides cannot say.  So they are recorded as results with bytes of their own.
+    Writes to one would not be seen in the other; they are refused from then on.
 """
 
 from __future__ import annotations
@@ -22,8 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from safemap._errors import ConverterError
 from safemap._lazy_content import Content, Held, Result, Source
 from safemap._lazy_evaluate import view_of
-from safemap._lazy_graph import CPU, Operation, OutputInfo, View, Whole, source_ranges
-from safemap._lazy_rules import RULES, overlaps_itself
+from safemap._lazy_graph import CPU, Operation, OutputInfo, View, Whole, is_dense, source_ranges
+from safemap._lazy_rules import RULES, overlaps_itself, row_major
 from safemap._lazy_tensor import LazyTensor, Storage
 
 _log = logging.getLogger("safemap.converter")
@@ -56,6 +61,7 @@ class Recorder:
         self.limit = limit
         self.forced_nbytes = 0
         self.failure: tuple[BaseException, str] | None = None  # the last one, and the call it is from
+        self.refused: ConverterError | None = None  # the first one; an operator such as += may have hidden it
         self._evaluate = evaluate
         self._lock = threading.RLock()  # a converter may use threads
 
@@ -71,6 +77,13 @@ class Recorder:
         """Return a lazy tensor with a storage of its own."""
         return LazyTensor(Storage(content, self, device), dtype, shape, stride, storage_offset)
 
+    def lazy(self, tensor: Tensor) -> LazyTensor:
+        """Return a lazy copy of a real tensor."""
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        content = Content.of(Held(flat), flat.numel())
+        return self.tensor(content, tensor.dtype, tuple(tensor.shape), row_major(tensor.shape))
+
     # ------------------------------------------------------------------ operators
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,6 +98,12 @@ class Recorder:
                 raise
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.Tag.inplace_view not in function.tags and any(
+            isinstance(leaf, LazyTensor) and leaf.storage_.is_frozen
+            for leaf in _written(function, args, kwargs)
+        ):
+            why = "writes to a tensor of which there is a conjugate or negative view"
+            raise self.refusal(function, args, kwargs, why)
         rule = RULES.get(function)
         if rule is not None:
             outcome = rule(self, args, kwargs)
@@ -140,7 +159,7 @@ class Recorder:
         leaves = tree_leaves(outputs)
         infos: list[OutputInfo | None] = [
             OutputInfo(
-                leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), device or inputs[0].storage_.device
+                leaf.dtype, tuple(leaf.shape), _recorded_stride(leaf), device or inputs[0].storage_.device
             )
             if isinstance(leaf, Tensor)
             else None
@@ -153,12 +172,15 @@ class Recorder:
                 results.append(leaf)
                 continue
             storage, offset = by_storage.get(leaf.untyped_storage()._cdata), leaf.storage_offset()
-            if storage is None:  # Note [Views by storage]
+            is_flipped = _is_flipped(leaf)
+            if storage is not None and is_flipped:
+                storage.is_frozen = True
+            if storage is None or is_flipped:  # Note [Views by storage], Note [Conjugate views]
                 if operation is None:
                     arguments, keywords = self._snapshot((args, kwargs))
                     operation = Operation(function, arguments, keywords, infos)
                 content = Content.of(Result(operation, position), info.nbytes)
-                storage, offset = Storage(content, self, info.device), 0
+                storage, offset = Storage(content, self, info.device, is_frozen=is_flipped), 0
             results.append(LazyTensor(storage, info.dtype, info.shape, info.stride, offset))
         following = iter(results)
         return tree_map(lambda _: next(following), outputs)
@@ -202,8 +224,10 @@ class Recorder:
             start, stop = (
                 (0, view.content.nbytes) if is_written else (view.offset, view.offset + view.hull_nbytes)
             )
-            memory = View(view.content, torch.uint8, (stop - start,), (1,), start, view.device)
-            buffer = self.force(memory, str(function))
+            buffer = buffers.get(id(leaf))  # what is written to may be read as well
+            if buffer is None:
+                memory = View(view.content, torch.uint8, (stop - start,), (1,), start, view.device)
+                buffer = self.force(memory, str(function))
             if is_written:
                 buffers[id(leaf)] = buffer
             return view_of(buffer, replace(view, offset=view.offset - start))
@@ -249,12 +273,14 @@ class Recorder:
         return describe(view)
 
     def refusal(self, function: Any, args: Any, kwargs: Any, why: str) -> ConverterError:
-        """Return an error about an operator that cannot be followed."""
-        return ConverterError(
+        """Return an error about an operator that cannot be followed; it is remembered."""
+        error = ConverterError(
             f"the state_dict_converter {self.label} calls {_call_text(function, args, kwargs)}, which "
             f"{why}. Reading by name cannot follow that: use the form that returns a new tensor, or "
             "convert the file once."
         )
+        self.refused = self.refused or error
+        return error
 
 
 def describe(view: View) -> str:
@@ -269,6 +295,16 @@ def describe(view: View) -> str:
 def _call_text(function: Any, args: Any, kwargs: Any) -> str:
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)]
     return f"{function} on {describe(found[0].view_now())}" if found else str(function)
+
+
+def _is_flipped(tensor: Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _recorded_stride(output: Tensor) -> tuple[int, ...]:
+    """Return the strides of an output; of a view that becomes memory of its own, without gaps or overlap."""
+    shape, stride = tuple(output.shape), tuple(output.stride())
+    return row_major(shape) if _is_flipped(output) and not is_dense(shape, stride) else stride
 
 
 def _meta(leaf: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from safemap._lazy_content import Content, Fill, Held, Piece, Result
 from safemap._lazy_graph import Operation, OutputInfo, View, is_dense
@@ -185,7 +186,7 @@ def _fill_(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if to is None or runs is None or isinstance(value, Tensor):
         return NotImplemented
     element = torch.zeros(1, dtype=to.dtype, device="cpu")
-    if value != 0:
+    if len(args) > 1:
         element.fill_(value)
     target.storage_.content = to.content.replaced(runs, [Piece(Fill(element), 0, to.nbytes)])
     return target
@@ -292,7 +293,10 @@ def _index(function: Any) -> Rule:
                 positions += mask.nonzero().unbind(1)
             else:
                 positions.append(index)
-        return recorder.call(function, (args[0], positions, *args[2:]), kwargs)
+        replaced = (args[0], positions, *args[2:])
+        if not any(isinstance(leaf, LazyTensor) for leaf in tree_leaves(replaced)):
+            return function(*replaced, **kwargs)  # the mask was all that is lazy
+        return recorder.call(function, replaced, kwargs)
 
     return rule
 

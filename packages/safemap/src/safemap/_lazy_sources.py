@@ -71,6 +71,9 @@ class Sources:
         stored: list[tuple[int, int, int, int]] = []
         for number, tensor in enumerate(self.originals):
             if isinstance(tensor, Tensor):
+                if opaque_kind(tensor):
+                    self._home[number] = self._add(torch.empty(0, dtype=torch.uint8, device="cpu"), 0), 0
+                    continue
                 storage = tensor.untyped_storage()
                 if storage._cdata not in storages:
                     storages[storage._cdata] = self._add(_all_bytes(tensor), storage.nbytes())
@@ -101,19 +104,21 @@ class Sources:
         return self._home[number][0]
 
     def views(self) -> Iterator[View | None]:
-        """Return every tensor as a view, in order; None for one that the installed torch cannot hold."""
+        """Return every tensor as a view, in order; None for one that can only be passed on."""
         contents: dict[int, Content] = {}
         for number, (tensor, (source, offset)) in enumerate(zip(self.originals, self._home, strict=True)):
+            if opaque_kind(tensor):
+                yield None
+                continue
             content = contents.get(source)
             if content is None:
                 leaf = Source(source, self._names[number])
                 content = contents[source] = Content.of(leaf, self._sizes[source])
             if isinstance(tensor, Tensor):
                 yield View(content, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), offset)
-            elif (dtype := tensor[1].dtype) is None:
-                yield None
             else:
-                shape, stride = tensor[1].shape, tensor[1].stride
+                dtype, shape, stride = tensor[1].dtype, tensor[1].shape, tensor[1].stride
+                assert dtype is not None
                 yield View(content, dtype, shape, row_major(shape) if stride is None else stride, offset)
 
     def state_dict(self, numbered: list[Any]) -> dict[Any, Any]:
@@ -143,6 +148,15 @@ class Sources:
         code = CODES.get(view.dtype, str(view.dtype).removeprefix("torch."))
         layout = Layout(code, view.dtype, view.shape, view.nbytes, stride)
         return place[0], layout, place[1] + pieces[0].start
+
+
+def opaque_kind(tensor: Entry | Tensor) -> str | None:
+    """Return what a tensor is stored as that is no plain memory of the installed torch; None for others."""
+    if not isinstance(tensor, Tensor):
+        return tensor[1].code if tensor[1].dtype is None else None
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return str(tensor.dtype).removeprefix("torch.") if tensor.is_quantized else None
 
 
 def _tensors(index: Index) -> Iterator[tuple[str, Entry | Tensor]]:

@@ -18,14 +18,21 @@ if TYPE_CHECKING:
 
 
 class Storage:
-    """What several lazy tensors may be views of; writing replaces its content."""
+    """What several lazy tensors may be views of; writing replaces its content.
 
-    __slots__ = ("_meta", "content", "device", "recorder")
+    Attributes:
+        is_frozen: Must not be written to; see Note [Conjugate views] in ``_lazy_record``.
+    """
 
-    def __init__(self, content: Content, recorder: Recorder, device: torch.device) -> None:
+    __slots__ = ("_meta", "content", "device", "is_frozen", "recorder")
+
+    def __init__(
+        self, content: Content, recorder: Recorder, device: torch.device, *, is_frozen: bool = False
+    ) -> None:
         self.content = content
         self.recorder = recorder
         self.device = device
+        self.is_frozen = is_frozen
         self._meta: torch.UntypedStorage | None = None
 
     def meta(self) -> torch.UntypedStorage:
@@ -101,6 +108,18 @@ class LazyTensor(Tensor):
             function(*args, **kwargs)
         self._view = self._meta = None
         return self
+
+    @property
+    def data(self) -> Tensor:
+        """Another tensor of the same storage; assigning makes this one a view of the storage assigned."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        new = value if isinstance(value, LazyTensor) else self.storage_.recorder.lazy(value)
+        torch._C.TensorBase.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.storage_ = new.storage_
+        self._view = self._meta = None
 
     def values(self, operation: str) -> Tensor:  # type: ignore[override]
         """Read the tensor now, because *operation* cannot be recorded."""

@@ -233,9 +233,9 @@ class DiskMap(Mapping[str, Tensor]):
         """Let the pages of tensors go from this process' resident memory; for maps with ``mmap=True``.
 
         Views of them stay valid: what is read again comes back from the page cache, or from disk.  Pages that
-        were written through a view are kept, so no value changes; but no other thread may be writing to one
-        meanwhile.  Without ``mmap``, or on a system that does not tell which pages were written, nothing
-        happens.
+        were written through a view are kept, so no value changes; but no other thread may be writing to these
+        tensors meanwhile.  Pages that a tensor shares with its neighbours in the file are kept, too.  Without
+        ``mmap``, or on a system that does not tell which pages were written, nothing happens.
         """
         views, _ = entries_of(map(self._find, names))
         if self._reader.mappings is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from safemap._blocks import blocks
-from safemap._file import File
+from safemap._file import Descriptor, File
 from safemap._layout import Entry, Layout
 from safemap._locks import ForkSafeLock
 from safemap._madvise import NORESERVE
@@ -93,8 +93,8 @@ class Mappings:
         if layout.dtype is None or not _can_view(layout, layout.dtype, offset):
             return False
         brought_in = self._brought_in  # a new set may take its place meanwhile: then this was in vain
-        memory = self._map_of(file, 0)
-        if not bring_in(memory, file.open().fd, offset, offset + layout.nbytes):
+        memory, descriptor = self._map_of(file, 0), file.open()
+        if not bring_in(memory, descriptor.fd, offset, offset + layout.nbytes):
             return False
         brought_in.add((file, offset))
         return True
@@ -103,6 +103,7 @@ class Mappings:
         """Drop the pages of a tensor, except those that were written through a view."""
         file, layout, offset = entry
         self._brought_in.discard((file, offset))
+        self._expected.discard((file, offset))  # it would come back otherwise
         with self._lock:
             alive = list(self._alive.get(file, ())) if layout.nbytes else []
         for memory in alive:
@@ -122,7 +123,7 @@ class Mappings:
         with self._lock:
             memory = self._maps.get(file)
             if memory is None:
-                memory = self._maps[file] = _map(descriptor.fd)
+                memory = self._maps[file] = _map(file, descriptor)
                 self._alive.setdefault(file, weakref.WeakSet()).add(memory)
             self._elements += elements
             if self._elements > self._renewal_elements:
@@ -136,12 +137,15 @@ def _can_view(layout: Layout, dtype: torch.dtype, offset: int) -> bool:
     return layout.nbytes > 0 and offset % dtype.itemsize == 0 and layout.stride is None
 
 
-def _map(fd: int) -> mmap.mmap:
+def _map(file: File, descriptor: Descriptor) -> mmap.mmap:
     if sys.platform == "win32":
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(descriptor.fd, file.nbytes, access=mmap.ACCESS_COPY)
     options = (
         {"trackfd": False} if sys.version_info >= (3, 13) else {}
     )  # else it keeps a descriptor of its own
-    return mmap.mmap(
-        fd, 0, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE, **options
-    )
+    flags, protection = mmap.MAP_PRIVATE | NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return mmap.mmap(descriptor.fd, file.nbytes, flags=flags, prot=protection, **options)
+    except ValueError:  # the file has become shorter since it was looked at
+        file.check_unchanged(descriptor)
+        raise

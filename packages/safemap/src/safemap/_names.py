@@ -57,7 +57,7 @@ def info_of(name: str, found: Found, files: Sequence[File]) -> TensorInfo:
     """Describe a tensor as it is stored."""
     if isinstance(found, Tensor):
         path = files[0].path if len(files) == 1 else ""
-        return TensorInfo(found.dtype, found.shape, found.nbytes, path, None)
+        return TensorInfo(found.dtype, found.shape, nbytes_of(found), path, None)
     if isinstance(found, Computed):
         return found.info()
     file, layout, offset = found
@@ -70,7 +70,18 @@ def nbytes_of(found: Found) -> int:
     """Return how many bytes reading takes."""
     if isinstance(found, Computed):
         return found.nbytes()
-    return found.nbytes if isinstance(found, Tensor) else found[1].nbytes
+    if not isinstance(found, Tensor):
+        return found[1].nbytes
+    return found.nbytes if found.layout == torch.strided else sum(part.nbytes for part in _parts(found))
+
+
+def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
+    """Return what a sparse tensor consists of."""
+    if sparse.layout == torch.sparse_coo:
+        return sparse._indices(), sparse._values()
+    if sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+    return sparse.ccol_indices(), sparse.row_indices(), sparse.values()
 
 
 def entries_of(found: Iterable[Found]) -> tuple[list[Entry], list[Entry]]:

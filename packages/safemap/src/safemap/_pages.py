@@ -6,6 +6,9 @@ Note [Pages that were written]
     only the latter are dropped; they come back from the page cache when they are read again.  Where the
     kernel does not tell, nothing is dropped.
 
+    A page may be written between the look and the drop.  Whoever lets a tensor go knows that nobody writes to
+    it, but knows nothing of its neighbours: so pages that they share, at both edges, are not dropped.
+
 Note [Read before mapped]
     Mapping pages that are not in memory reads them by the way, in single small pages.  So they are read
     first, in blocks (see ``_blocks``); or, where that is not possible, in sequence: by sending them to
@@ -67,12 +70,12 @@ def _read_in_sequence(fd: int, start: int, nbytes: int) -> None:
 
 
 def let_go(memory: mmap.mmap, start: int, stop: int) -> None:
-    """Drop the pages of ``memory[start:stop]`` that were not written; see Note [Pages that were written]."""
-    if _madvise is None:
+    """Drop pages within ``memory[start:stop]`` that were not written.  See Note [Pages that were written]."""
+    start += -start % mmap.PAGESIZE
+    pages = (stop - start) // mmap.PAGESIZE
+    if _madvise is None or pages < 1:
         return
-    start -= start % mmap.PAGESIZE
     address = address_of(memory) + start
-    pages = -(-(stop - start) // mmap.PAGESIZE)
     with contextlib.suppress(OSError):  # no /proc
         written = _written(address, pages)
         edges = [0, *(torch.nonzero(written[1:] != written[:-1]).view(-1) + 1).tolist(), pages]

@@ -3,16 +3,24 @@
 ``preadv`` and torch's copies release the interpreter lock, so threads read at the same time.
 """
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TypeVar
+
+import torch
+
+from safemap._locks import ForkSafeLock
 
 Piece = TypeVar("Piece")
 _MAX_THREADS = 8
 
 _executor: ThreadPoolExecutor | None = None
-_single: ThreadPoolExecutor | None = None
+_queue: "SimpleQueue[Callable[[], object]] | None" = None
+_queue_lock = ForkSafeLock()
 
 
 def default_threads() -> int:
@@ -34,7 +42,13 @@ def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: in
         for piece in queue:
             task(piece)
 
-    futures = [_helpers().submit(work) for _ in range(helpers)]
+    is_inference = torch.is_inference_mode_enabled()  # else what was made here must not be written to there
+
+    def help_out() -> None:
+        with torch.inference_mode(is_inference):
+            work()
+
+    futures = [_helpers().submit(help_out) for _ in range(helpers)]
     try:
         work()
     finally:
@@ -47,11 +61,27 @@ def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: in
 
 
 def one_by_one(task: Callable[[], object]) -> None:
-    """Run *task* in the background when all that were given here before are done."""
-    global _single
-    if _single is None:
-        _single = ThreadPoolExecutor(1, thread_name_prefix="safemap-one-by-one")
-    _single.submit(task)
+    """Run *task* in the background when all that were given here before are done.
+
+    What is not done when the interpreter exits is dropped: nobody will use it.
+    """
+    global _queue
+    with _queue_lock:
+        if _queue is None:
+            _queue = SimpleQueue()
+            worker = threading.Thread(
+                target=_work_off, args=(_queue,), name="safemap-one-by-one", daemon=True
+            )
+            worker.start()
+    _queue.put(task)
+
+
+def _work_off(queue: "SimpleQueue[Callable[[], object]]") -> None:
+    while True:
+        task = queue.get()
+        with contextlib.suppress(Exception):  # nobody waits for it
+            task()
+        del task  # nor needs what it holds
 
 
 def _helpers() -> ThreadPoolExecutor:
@@ -62,8 +92,8 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _forget_helpers() -> None:
-    global _executor, _single
-    _executor = _single = None  # a forked child has the object, but not its threads
+    global _executor, _queue
+    _executor = _queue = None  # a forked child has the object, but not its threads
 
 
 if hasattr(os, "register_at_fork"):

@@ -38,8 +38,9 @@ class _NotLazy(Exception):
 
 def read_zip(file: File) -> Any:
     """Return the structure of a zip-format file, with ``Stored`` in place of tensors."""
+    descriptor = file.open()
     try:
-        with io.FileIO(os.dup(file.open().fd)) as raw, zipfile.ZipFile(raw) as archive:
+        with io.FileIO(os.dup(descriptor.fd)) as raw, zipfile.ZipFile(raw) as archive:
             return _Archive(file, archive).read()
     except zipfile.BadZipFile as error:
         raise FormatError(
@@ -60,14 +61,20 @@ def _load_whole(file: File, reason: str) -> Any:
         "tensors.",
         stacklevel=2,
     )
+    descriptor = file.open()
     try:
-        with open(os.dup(file.open().fd), "rb") as raw:
+        with open(os.dup(descriptor.fd), "rb") as raw:
             raw.seek(0)
             tree = torch.load(raw, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise _unpickling_error(file, error) from error
-    file.check_unchanged(file.open())
-    return map_leaves(tree, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+    file.check_unchanged(descriptor)
+    return map_leaves(tree, _plain)
+
+
+def _plain(leaf: Any) -> Any:
+    """Return tensors without gradient, and with bytes that mean what they say."""
+    return leaf.detach().resolve_conj().resolve_neg() if isinstance(leaf, Tensor) else leaf
 
 
 class _Archive:
@@ -102,7 +109,9 @@ class _Archive:
         except (NotImplementedError, RuntimeError) as error:
             if str(error).startswith("Unsupported "):  # torch before 2.5: an object that is no weight
                 raise _unpickling_error(self.file, error) from error
-            raise _NotLazy(f"torch cannot rebuild one of its tensors without data ({error})") from error
+            raise _NotLazy(
+                f"torch cannot rebuild one of its tensors without data ({_shown(error)})"
+            ) from error
         except _NotLazy:
             raise
         except Exception as error:  # the unpickler raises all kinds of errors on malformed input
@@ -146,7 +155,8 @@ class _Archive:
                 f"{self.file.path}: the storage {key!r} has {member.file_size:,} bytes; its tensors need "
                 f"{nbytes:,}"
             )
-        header = read_bytes(self.file.open().fd, _LOCAL_HEADER.size, member.header_offset)
+        descriptor = self.file.open()
+        header = read_bytes(descriptor.fd, _LOCAL_HEADER.size, member.header_offset)
         if len(header) < _LOCAL_HEADER.size:
             raise FormatError(f"{self.file.path}: the archive ends within the storage {key!r}")
         start: int = member.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
@@ -163,10 +173,13 @@ def _layout_of(tensor: Tensor) -> Layout:
     return Layout(code, tensor.dtype, tuple(tensor.shape), span * tensor.itemsize, stride)
 
 
+def _shown(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
 def _unpickling_error(file: File, error: Exception) -> FormatError:
-    first_line = str(error).strip().partition("\n")[0][:300]
     return FormatError(
-        f"{file.path}: torch's weights-only loading refuses it ({type(error).__name__}: {first_line}). It "
+        f"{file.path}: torch's weights-only loading refuses it ({type(error).__name__}: {_shown(error)}). It "
         "is damaged, or holds Python objects other than weights, which could run code: save its state dict "
         "alone."
     )

@@ -35,19 +35,33 @@ def write_safetensors(
         metadata: Strings to strings.
 
     Raises:
-        UnsupportedTensorError: a dtype that the format does not have.
+        UnsupportedTensorError: a dtype, a layout or a name that the format does not have.
         ValueError: *read* returns something else than was described.
     """
+    for name in tensors:
+        _check_name(name)
     names = sorted(tensors, key=lambda name: (*_order(*tensors[name]), name))
     with _replacing(path) as file:
         file.write(_header(names, tensors, metadata))
         for name in names:
-            tensor = read(name).detach().cpu().contiguous()
+            tensor = read(name).detach().cpu()
+            if tensor.layout != torch.strided:
+                raise UnsupportedTensorError(
+                    f'tensor "{name}" is {tensor.layout}, which safetensors files cannot hold'
+                )
+            tensor = tensor.contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
                 found = f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(f'tensor "{name}" is {found}; it was described as {tensors[name]}')
             if tensor.numel():
                 file.write(bytes_of(tensor))
+
+
+def _check_name(name: object) -> None:
+    """Refuse names that a header cannot hold; pickled files may have any object as a name."""
+    is_text = isinstance(name, str) and name.encode(errors="replace").decode() == name
+    if not is_text or name == "__metadata__":
+        raise UnsupportedTensorError(f"{name!r} cannot be the name of a tensor in a safetensors file")
 
 
 def _order(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bool, int]:
