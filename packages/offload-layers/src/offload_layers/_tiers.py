@@ -111,6 +111,10 @@ class TierStack:
         self._register(home)
         self._tiers = [_Tier(home)]
 
+    def home(self, weight: Weight) -> nn.Parameter:
+        """Return the values at rest of one weight, or its shape if it is on disk."""
+        return self._tiers[0].parameters[self._weights.index(weight)]
+
     def set_home(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Replace the values at rest of one weight while they are all there is."""
         assert self.height == 1
