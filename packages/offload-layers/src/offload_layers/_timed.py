@@ -89,7 +89,7 @@ class _Memory:
 
         def tensor(value: Any, turn: int) -> Any:
             if isinstance(value, torch.Generator):
-                return self._generator
+                return torch.Generator(value.device)
             if not isinstance(value, Shaped):
                 return value
             if value.is_weight:
