@@ -121,6 +121,23 @@ def test_a_change_is_seen_by_all(plain: Model, make: Make) -> None:
     assert_invariants(model)
 
 
+@pytest.mark.parametrize("changed", ["embed", "head"])
+@torch.no_grad()
+def test_a_change_that_is_written_back_is_seen_by_a_layer_that_is_on_disk(plain: Model, changed: str) -> None:
+    model = from_disk(plain)
+    model(X)
+    other = "head" if changed == "embed" else "embed"
+    for _ in range(2):
+        getattr(model, other).offload()
+        for one in (model, plain):
+            getattr(one, changed).weight.mul_(2)
+        getattr(model, changed).offload()
+        assert torch.equal(model.state_dict()[f"{other}.weight"], plain.head.weight)
+        assert torch.equal(model(X), plain(X))
+        assert model.embed.weight is model.head.weight
+    assert_invariants(model)
+
+
 @MAKERS
 @pytest.mark.parametrize("name", ["embed", "head"])
 @torch.no_grad()
