@@ -291,6 +291,12 @@ def test_what_cannot_be_merged() -> None:
         layer.merge_lora()
     quantized = AutoWrappedQuantizedModule(nn.Linear(IN, OUT), computation_device="cpu", name="q")
     quantized.add_lora(*adapters()[0])
+    normed: Any = nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
+    layer = AutoWrappedLinear(normed, **settings(F32, F32), name="n")
+    layer.add_lora(torch.zeros(1, IN), torch.zeros(OUT, 1))
+    with pytest.raises(ConfigError, match='layer "n" computes its weight from other parameters; adapters'):
+        layer.merge_lora()
+
     message = '^adapters cannot be merged into the quantized weight "q.weight"; leave them beside it$'
     with pytest.raises(ConfigError, match=message):
         quantized.merge_lora()

@@ -289,6 +289,7 @@ def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert not [name for name in source.reads if name.endswith(("weight", "bias"))]
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_managed_models_are_refused() -> None:
     handle = offload(skeleton(), device="cpu", ram="1GB", source=checkpoint())
     assert isinstance(handle, Offloaded)
@@ -296,6 +297,8 @@ def test_managed_models_are_refused() -> None:
         offload(handle.model, device="cpu", ram="1GB")
     with pytest.raises(ConfigError, match="Identity has no parameters to manage"):
         offload(nn.Identity(), device="cpu", ram="1GB")
+    with pytest.raises(ConfigError, match=r'parameter "0\.weight" has no shape yet; run the model once'):
+        offload(nn.Sequential(nn.LazyLinear(2)), device="cpu")
     with pytest.raises(ConfigError, match=r"offload manages a torch\.nn\.Module; got int"):
         offload(3, device="cpu")  # type: ignore[arg-type]
 

@@ -121,6 +121,53 @@ def test_a_change_is_seen_by_all(plain: Model, make: Make) -> None:
     assert_invariants(model)
 
 
+@pytest.mark.parametrize("changed", ["embed", "head"])
+@torch.no_grad()
+def test_a_change_that_is_written_back_is_seen_by_a_layer_that_is_on_disk(plain: Model, changed: str) -> None:
+    model = from_disk(plain)
+    model(X)
+    other = "head" if changed == "embed" else "embed"
+    for _ in range(2):
+        getattr(model, other).offload()
+        for one in (model, plain):
+            getattr(one, changed).weight.mul_(2)
+        getattr(model, changed).offload()
+        assert torch.equal(model.state_dict()[f"{other}.weight"], plain.head.weight)
+        assert torch.equal(model(X), plain(X))
+        assert model.embed.weight is model.head.weight
+    assert_invariants(model)
+
+
+@MAKERS
+@pytest.mark.parametrize("name", ["embed", "head"])
+@torch.no_grad()
+def test_values_loaded_under_one_name_are_seen_by_all(plain: Model, make: Make, name: str) -> None:
+    model = make(plain)
+    for at_rest in (True, False, True):
+        values = {f"{name}.weight": torch.randn(100, 16).to(HALF).to(FULL)}
+        for one in (model, plain):
+            one.load_state_dict(values, strict=False)
+        assert torch.equal(model(X), plain(X))
+        if at_rest:
+            model.head.offload()
+    assert torch.equal(model.state_dict()["embed.weight"].to(FULL), plain.embed.weight)
+    assert torch.equal(model.state_dict()["head.weight"].to(FULL), plain.embed.weight)
+    assert_invariants(model)
+
+
+@torch.no_grad()
+def test_a_change_of_a_weight_that_stays_on_disk_is_seen_by_all(plain: Model) -> None:
+    model: Any = enable_vram_management(
+        skeleton(), MAP, placed("disk", "disk", "disk", FULL), None, CountingSource(stored(plain))
+    )
+    for name in ("embed", "head"):
+        for one in (model, plain):
+            getattr(one, name).weight.mul_(2)
+        assert torch.equal(model(X), plain(X))
+    assert model.embed.weight is model.head.weight
+    assert_invariants(model)
+
+
 def test_another_parameter_ends_the_tie(plain: Model) -> None:
     model = from_disk(plain)
     model(X)

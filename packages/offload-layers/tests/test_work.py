@@ -1,5 +1,6 @@
 """What a forward consists of, found without weights, and how long that takes."""
 
+import contextlib
 import functools
 import math
 
@@ -75,7 +76,6 @@ def test_the_model_stays_as_it_is(where: str) -> None:
     x = torch.ones(2, 64)
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
     expected = model(x) if where == "cpu" else None
-    hits = Model.table.cache_info().hits
     calls = model.calls
     traced(model, {"x": x.to(where), "twice": True})
     assert model.calls == calls
@@ -85,7 +85,59 @@ def test_the_model_stays_as_it_is(where: str) -> None:
     if expected is not None:
         assert all(torch.equal(after[name], value) for name, (_, value) in before.items())
         assert torch.equal(model(x), expected)
-        assert Model.table.cache_info().hits == hits + 1  # what was cached is what was there before
+
+
+@functools.lru_cache
+def cached_table(length: int) -> tuple[Tensor]:
+    return (torch.arange(length, dtype=torch.float32),)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["runs", "fails"])
+def test_caches_of_functions_have_no_tensors_without_values(fails: bool) -> None:
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + cached_table(x.shape[-1])[0])
+
+    cached_table.cache_clear()
+    x = torch.ones(2, 8)
+    with pytest.raises(ConfigError) if fails else contextlib.nullcontext():
+        traced(Cached(4 if fails else 8, 4), [x])
+    assert type(cached_table(8)[0]) is Tensor
+    model = Cached(8, 4)
+    assert torch.equal(model(x), nn.functional.linear(x + torch.arange(8), model.weight, model.bias))
+
+
+def test_what_is_kept_elsewhere_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    traced(model, [torch.ones(2, 8)])
+    assert not caplog.text
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda *args: kept.append(args[-1]))
+    traced(model, [torch.ones(2, 8)])
+    assert "Sequential keeps 1 tensor of its forward" in caplog.text
+
+
+def test_inputs_stay_as_they_are() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.past = [torch.ones(1, 8, requires_grad=True) * 2]
+
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor, *, cache: Cache, noise: torch.Generator) -> Tensor:
+            cache.past.append(x)
+            return super().forward(torch.cat(cache.past)) + torch.rand(1, generator=noise)
+
+    cache, noise = Cache(), torch.Generator()
+    before = noise.get_state()
+    plan(
+        Cached(8, 8),
+        device="cpu",
+        ram="1GB",
+        inputs={"x": torch.ones(2, 8), "cache": cache, "noise": noise},
+        rates=RATES,
+    )
+    assert [type(tensor) for tensor in cache.past] == [Tensor]
+    assert torch.equal(noise.get_state(), before)
 
 
 def test_activations_are_what_is_alive_at_once() -> None:
@@ -179,6 +231,20 @@ def test_what_cannot_be_tried_counts_nothing_and_is_told(caplog: pytest.LogCaptu
     wrong = Operation(torch.ops.aten.mm.default, (Shaped((2,), (1,), torch.float32, False),) * 2, ())
     assert seconds_of([wrong], CPU) == {wrong: 0.0}
     assert "aten.mm" in caplog.text
+
+
+def test_random_numbers_go_on_as_if_nothing_was_drawn() -> None:
+    noise = torch.Generator()
+
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(1) + torch.rand(1, generator=noise)
+
+    model = nn.Sequential(Noisy(8, 8), nn.Dropout(0.5))
+    before = torch.get_rng_state(), noise.get_state()
+    plan(model, device="cpu", ram="1GB", inputs=[torch.ones(2, 8)], rates=RATES)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(noise.get_state(), before[1])
 
 
 def test_work_adds_up() -> None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from offload_layers._errors import ConfigError
 from offload_layers._find import Found
 from offload_layers._headers import read_headers
 from offload_layers._plan import LayerSize
@@ -21,6 +22,8 @@ def size_of(
     is_on_disk = source is not None
     for parameter in layer.parameters():
         name, stored = names[id(parameter)], parameter.dtype
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigError(f'parameter "{name}" has no shape yet; run the model once')
         if source is not None and (parameter.is_meta or name in source):
             check_in_source(source, name, parameter.shape)
             stored = stored_dtype(source, name, stored)

@@ -84,7 +84,8 @@ class LoRAHotLoadMixin:
         The weight may be anywhere; see ``_merge`` for where it is taken from when they are moved out again.
 
         Raises:
-            ConfigError: the layer is quantized, or the adapters have a merger of their own.
+            ConfigError: the layer is quantized, or computes its weight from other parameters, or the adapters
+                have a merger of their own.
         """
         weight = self._mergeable()
         new = tuple(zip(self.lora_A_weights, self.lora_B_weights, strict=True))
@@ -131,7 +132,12 @@ class LoRAHotLoadMixin:
 
     def _mergeable(self) -> Weight:
         layer = cast(Any, self)
-        weight: Weight = layer._own_weights()["weight"]
+        weight: Weight | None = layer._own_weights().get("weight")
+        if weight is None:
+            raise ConfigError(
+                f'layer "{layer.name}" computes its weight from other parameters; adapters cannot be merged '
+                "into it, leave them beside it"
+            )
         if isinstance(weight, PackedWeight):
             raise ConfigError(
                 f'adapters cannot be merged into the quantized weight "{weight.name}"; leave them beside it'

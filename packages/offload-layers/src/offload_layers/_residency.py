@@ -80,8 +80,12 @@ class Residency(Resting):
                     return
                 self._kept = None
             staged.lease.give_back()
+            ties = [(weight, self.tied(weight)) for weight, _ in changed]
             for weight, values in changed:
                 self.replace(weight, parameter_like(weight.registered, values))
+        for weight, tied in ties:
+            for layer, other in tied:
+                layer.replace(other, weight.registered)
 
     def compute_again(self, forward: Callable[[], Result]) -> Result:
         """Run a forward once more that found the device full, after other layers have left it."""

@@ -81,6 +81,8 @@ class Resting:
         self._tiers = TierStack(weights, [w.registered for w in weights])
         self._expose_if_resident()
         self._register_with_budget()
+        for weight in weights:
+            self._shared.join(self, weight.registered)
 
     @property
     def state(self) -> State:
@@ -295,6 +297,17 @@ class Resting:
             passed = [self.policy[_STATE[h]] for h in range(height + 1, self._tiers.height + 1)]
         return values, [*(p for p in passed if not p.is_disk), self.policy.computation]
 
+    def tied(self, weight: Weight) -> "list[tuple[Resting, Weight]]":
+        """Return the weights of other layers that are the same parameter as *weight*."""
+        home = self._tiers.home(weight)
+        others: list[Resting] = [layer for layer in self._shared.holders(home) if layer is not self]
+        return [
+            (layer, other)
+            for layer in others
+            for other, its_home in zip(layer.weights, layer._tiers.homes, strict=True)
+            if its_home is home
+        ]
+
     def replace(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Take *parameter* as the new values of a weight; one on disk is in host memory from now on."""
         with self.at_home():
@@ -331,6 +344,7 @@ class Resting:
         elif not parameter.is_meta:
             parameter = weight.copy_to(Placement(torch.device("cpu")), self.source)
         self._tiers.set_home(weight, parameter)
+        self._shared.join(self, parameter)
 
     def _new_nbytes(self, placement: Placement) -> int:
         """Bytes of the compute device that going to *placement* takes."""
@@ -366,12 +380,26 @@ class Resting:
             self._expose_if_resident()
 
     def _drop_to(self, state: State) -> None:
+        homes = list(self._tiers.homes)
         while self._tiers.height > HEIGHT[state]:
             if self.resident:
                 self._device.synchronize()
             self._hide()
             self._tiers.pop()
         self._expose_if_resident()
+        for home, kept in zip(homes, self._tiers.homes, strict=True):
+            if kept is not home:
+                self._pass_on(home, kept)
+
+    def _pass_on(self, home: nn.Parameter, kept: nn.Parameter) -> None:
+        """Give layers that have a weight on disk, too, what was written back of it."""
+        for layer in self._shared.holders(home):
+            if layer._lock.acquire(blocking=False):  # whoever has it may be about to pass something on to us
+                try:
+                    layer._tiers.follow(home, kept)
+                    self._shared.join(layer, kept)
+                finally:
+                    layer._lock.release()
 
     def _expose_if_resident(self) -> None:
         placement = self.policy.computation

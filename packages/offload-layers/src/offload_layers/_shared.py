@@ -7,10 +7,12 @@ the other. So whoever needs a copy in some placement gets that of a layer which 
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload_layers._changes import Fingerprint, fingerprint
 from offload_layers._packed import PackedWeight
@@ -34,11 +36,22 @@ class _Copy:
 
 
 class SharedCopies:
-    """The copies that layers of one model hold; they keep them alive, not this."""
+    """The copies that layers of one model hold, which they keep alive, not this; and who rests on what."""
 
     def __init__(self) -> None:
+        self._holders: MutableMapping[nn.Parameter, weakref.WeakSet[Any]] = WeakTensorKeyDictionary()
         self._copies: dict[_Key, _Copy] = {}
         self._lock = threading.RLock()
+
+    def join(self, layer: object, home: nn.Parameter) -> None:
+        """Learn that *layer* has *home* for values at rest."""
+        with self._lock:
+            self._holders.setdefault(home, weakref.WeakSet()).add(layer)
+
+    def holders(self, home: nn.Parameter) -> list[Any]:
+        """Return the layers that have had *home* for values at rest."""
+        with self._lock:
+            return list(self._holders.get(home, ()))
 
     def of(self, weight: Weight, placement: Placement, source: Source | None, make: Make) -> nn.Parameter:
         """Return the copy of *weight* in *placement* that another layer has, or what *make* gives."""

@@ -111,6 +111,15 @@ class TierStack:
         self._register(home)
         self._tiers = [_Tier(home)]
 
+    @property
+    def homes(self) -> list[nn.Parameter]:
+        """What each weight has at the bottom of the stack."""
+        return self._tiers[0].parameters
+
+    def home(self, weight: Weight) -> nn.Parameter:
+        """Return the values at rest of one weight, or its shape if it is on disk."""
+        return self.homes[self._weights.index(weight)]
+
     def set_home(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Replace the values at rest of one weight while they are all there is."""
         assert self.height == 1
@@ -132,6 +141,15 @@ class TierStack:
                 return copy, height
         home = self._tiers[0].parameters[index]
         return weight.read(source) if home.is_meta else home, 1
+
+    def follow(self, home: nn.Parameter, kept: nn.Parameter) -> None:
+        """Have *kept* wherever there was nothing but *home*, a weight on disk."""
+        self.version += 1
+        for tier in self._tiers:
+            tier.parameters[:] = [kept if parameter is home else parameter for parameter in tier.parameters]
+        for weight in self._weights:
+            if weight.registered is home:
+                weight.rest_on(kept)
 
     def forget(self, weight: Weight) -> None:
         """Drop one weight from all tiers."""

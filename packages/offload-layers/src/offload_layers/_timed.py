@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def seconds_of(operations: Iterable[Operation], device: torch.device) -> dict[Op
     """
     memory = _Memory(device)
     found: dict[Operation, float] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _own_random_numbers(device):
         for operation in operations:
             try:
                 found[operation] = _seconds(operation, memory, device)
@@ -42,6 +43,13 @@ def seconds_of(operations: Iterable[Operation], device: torch.device) -> dict[Op
                 _log.warning("%s was not measured, and counts nothing: %s", operation.function, error)
                 found[operation] = 0.0
     return found
+
+
+def _own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Let the program's own sequences of random numbers go on afterwards as if nothing had been drawn."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _seconds(operation: Operation, memory: "_Memory", device: torch.device) -> float:
@@ -80,6 +88,8 @@ class _Memory:
         turns = max(1, min(_MOST_TURNS, _WEIGHTS_BYTES // nbytes)) if nbytes else 1
 
         def tensor(value: Any, turn: int) -> Any:
+            if isinstance(value, torch.Generator):
+                return torch.Generator(value.device)
             if not isinstance(value, Shaped):
                 return value
             if value.is_weight:

@@ -2,10 +2,12 @@
 
 A copy of the model whose tensors have shapes but no values is run once, and each operation of torch is taken
 down: which it is, on what kinds of tensors, and which layer was called last before it. The model itself, its
-buffers and what it caches are not touched.
+buffers, what it caches and its inputs are not touched.
 """
 
 import copy
+import functools
+import gc
 import logging
 import weakref
 from collections import Counter
@@ -16,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from offload_layers._errors import ConfigError
 from offload_layers._source import Source, stored_dtype
 
+_log = logging.getLogger("offload_layers.trace")
 _log_of_torch = logging.getLogger("torch._subclasses.fake_tensor")
 
 #: positional arguments, or keyword arguments, of a model
@@ -90,20 +93,18 @@ def trace(
     Raises:
         ConfigError: the forward fails, or depends on the values of tensors.
     """
-    args, kwargs = _split(inputs)
+    given = _split(inputs)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fakes:
             memo = _stand_ins(model, device, dtype, source)
-            args, kwargs = tree_map(
-                lambda x: _like(x, device, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs)
-            )
-        taken = _Taken([x for x in memo.values() if isinstance(x, nn.Parameter)], (args, kwargs))
-        twin = copy.deepcopy(model, memo)
-        for name in layers:
-            twin.get_submodule(name).register_forward_pre_hook(taken.entered(name))
-        with torch.no_grad(), _quiet(), fakes, taken:
-            twin(*args, **kwargs)
+            taken = _Taken([x for x in memo.values() if isinstance(x, nn.Parameter)])
+            for x in tree_leaves(given):
+                if isinstance(x, Tensor):
+                    memo[id(x)] = _like(x, device, x.dtype)
+                elif isinstance(x, torch.Generator):
+                    memo[id(x)] = x  # nothing is drawn
+        _run_twin(model, given, memo, layers, fakes, taken)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -111,7 +112,38 @@ def trace(
             f"{reason}). Check that inputs are those of its forward, or pass rows instead: a forward that "
             "depends on the values of tensors cannot be foreseen."
         ) from error
+    finally:
+        _empty_caches(fakes)
+    memo.clear()
+    if taken.count_left():
+        gc.collect()  # what refers to itself
+    if left := taken.count_left():
+        _log.warning(
+            "%s keeps %s of its forward in a place that is not its own, as a hook does, or a cache beside "
+            "its class. They have no values: empty that place before the model runs.",
+            type(model).__name__,
+            "1 tensor" if left == 1 else f"{left:,} tensors",
+        )
     return Trace(taken.calls, taken.peak)
+
+
+def _run_twin(
+    model: nn.Module,
+    inputs: tuple[list[Any], dict[str, Any]],
+    memo: dict[int, Any],
+    layers: Sequence[str],
+    fakes: FakeTensorMode,
+    taken: "_Taken",
+) -> None:
+    """Run a copy of *model* on copies of *inputs*, with the tensors that *memo* has for theirs."""
+    twin = copy.deepcopy(model, memo)
+    with FakeCopyMode(fakes):
+        args, kwargs = copy.deepcopy(inputs, memo)
+    taken.note((args, kwargs))
+    for name in layers:
+        twin.get_submodule(name).register_forward_pre_hook(taken.entered(name))
+    with torch.no_grad(), _quiet(), fakes, taken:
+        twin(*args, **kwargs)
 
 
 def _split(inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
@@ -129,6 +161,15 @@ def _like(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if tensor.layout is not torch.strided:
         raise ConfigError(f"a tensor of layout {tensor.layout} cannot be foreseen")
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+
+
+def _empty_caches(fakes: FakeTensorMode) -> None:
+    """Empty the caches of functions that have kept tensors without values, for these are the model's too."""
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper:
+            kept = tree_leaves(gc.get_referents(cache))
+            if any(isinstance(x, FakeTensor) and x.fake_mode is fakes for x in kept):
+                cache.cache_clear()
 
 
 @contextmanager
@@ -164,14 +205,13 @@ def _stand_ins(
 class _Taken(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes down what is called."""
 
-    def __init__(self, weights: list[nn.Parameter], inputs: object) -> None:
+    def __init__(self, weights: list[nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = ""
         self.calls: Counter[tuple[str, Operation]] = Counter()
         self.peak = self._nbytes = 0
         self._weights = {weight.untyped_storage() for weight in weights}
         self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet(self._weights)
-        self._note(inputs)
 
     def entered(self, layer: str) -> Callable[..., None]:
         """Return the hook that is called before *layer*."""
@@ -187,7 +227,7 @@ class _Taken(TorchDispatchMode):  # type: ignore[no-untyped-call]
             arguments = tuple(map(self._shaped, args))
             keywords = tuple((name, self._shaped(value)) for name, value in (kwargs or {}).items())
             self.calls[self.layer, Operation(function, arguments, keywords)] += 1
-            self._note(result)
+            self.note(result)
         return result
 
     def _shaped(self, value: Any) -> Any:
@@ -196,7 +236,7 @@ class _Taken(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return Shaped(tuple(value.shape), value.stride(), value.dtype, is_weight)
         return tuple(map(self._shaped, value)) if isinstance(value, (list, tuple)) else value
 
-    def _note(self, values: object) -> None:
+    def note(self, values: object) -> None:
         """Count the bytes of tensors that are new, for as long as they are there."""
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._alive:
@@ -204,6 +244,10 @@ class _Taken(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._nbytes += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage.nbytes())
         self.peak = max(self.peak, self._nbytes)
+
+    def count_left(self) -> int:
+        """Return how many of the tensors counted are still there."""
+        return sum(storage not in self._weights for storage in self._alive)
 
     def _forget(self, nbytes: int) -> None:
         self._nbytes -= nbytes

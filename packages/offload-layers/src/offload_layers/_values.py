@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +21,20 @@ from offload_layers._weight import Slot, Weight
 def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = False) -> Iterator[None]:
     """Let the model hold host tensors at rest for *weights*, to be read or overwritten in the block.
 
-    What was overwritten or assigned is taken over; the others are as before, on disk if they were.
+    What was overwritten or assigned is taken over; the others are as before, on disk if they were. What was
+    overwritten is taken over by all layers that have the parameter.
 
     Args:
         residency: The layer.
         weights: Some of its weights.
         read: Fill in the values of weights on disk; otherwise those are uninitialised.
     """
-    with residency.at_home():
+    weights = list(weights)
+    tied = {} if read else {weight: residency.tied(weight) for weight in weights}
+    layers = {residency, *(layer for others in tied.values() for layer, _ in others)}
+    with ExitStack() as stack:
+        for layer in sorted(layers, key=id):  # in one order, so that threads do not wait for each other
+            stack.enter_context(layer.at_home())
         lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint]] = []
         for weight in weights:
             home = weight.registered
@@ -42,8 +48,12 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
         finally:
             residency.is_open = False
             for weight, home, parameter, version in lent:
-                untouched = weight.held is parameter and fingerprint(parameter) == version
+                is_same = weight.held is parameter
+                untouched = is_same and fingerprint(parameter) == version
                 residency.settle(weight, home if untouched else weight.held)
+                if is_same and not untouched:
+                    for layer, other in tied.get(weight, ()):
+                        layer.settle(other, weight.registered)
 
 
 def copied(residency: Residency, memo: dict[int, Any]) -> Residency:

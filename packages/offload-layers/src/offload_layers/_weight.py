@@ -93,6 +93,13 @@ class Weight:
         for slot in self.slots:
             slot.tensor = parameter
 
+    def rest_on(self, parameter: nn.Parameter) -> None:
+        """Let the model hold *parameter* at rest, be it after the computation that goes on."""
+        if self._covered is None:
+            self.register(parameter)
+        else:
+            self._covered = parameter
+
     def expose(self, tensor: Tensor) -> None:
         """Make *tensor* what reading the attribute gives."""
         for slot in self.slots:
