@@ -1,10 +1,12 @@
 """A small model with every kind of layer, and the documented configurations."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from offload_layers import AutoWrappedLinear, AutoWrappedModule, AutoWrappedNonRecurseModule
+from offload_layers._budget import budget_of
 from torch import Tensor, nn
 
 WIDTH = 16
@@ -153,3 +155,16 @@ def plain(make_model: Callable[[], Net], device: torch.device) -> Net:
 def _no_grad() -> object:
     with torch.no_grad():
         yield
+
+
+_lent = 0  # by models that are alive longer than a test
+
+
+@pytest.fixture(autouse=True)
+def _books_without_garbage() -> None:
+    """Models of other tests that refer to themselves are in the books, and may leave them at any time."""
+    global _lent
+    statistics = budget_of(torch.device("cpu")).statistics
+    if statistics().lent_nbytes != _lent:
+        gc.collect()
+        _lent = statistics().lent_nbytes

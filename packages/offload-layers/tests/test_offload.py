@@ -1,7 +1,6 @@
 """One call: all modules with parameters are managed, within the memory that was given, and given back."""
 
 import copy
-import gc
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -346,7 +345,6 @@ def test_the_handle_checks_itself(ram: str | int) -> None:
 
 def test_prediction_beside_fact() -> None:
     rates = Rates(disk_bytes_per_s=1e9, bus_bytes_per_s=1e9, memory_bytes_per_s=1e9, flops=1e9)
-    gc.collect()  # models of other tests that refer to themselves are in the same books
     handle = offload(skeleton(), device="cpu", ram="100kB", source=checkpoint(), rows=10, rates=rates)
     assert "none was run through the handle yet" in str(handle.report())
     reset_counters(handle.model)  # the peak is that of all models since the process began
