@@ -11,6 +11,7 @@ from offload_layers._errors import (
     VerificationError,
 )
 from offload_layers._fact import PlanAndFact
+from offload_layers._handle import Offloaded
 from offload_layers._layers import (
     AutoTorchModule,
     AutoWrappedLinear,
@@ -18,7 +19,7 @@ from offload_layers._layers import (
     AutoWrappedNonRecurseModule,
 )
 from offload_layers._lora import LoRAHotLoadMixin
-from offload_layers._offload import Offloaded, offload, plan
+from offload_layers._offload import offload, plan
 from offload_layers._placement import Placement, Policy
 from offload_layers._plan import LayerSize, Plan, PlannedLayer, Prediction
 from offload_layers._probe import probe

@@ -9,8 +9,12 @@ import torch
 
 from offload_layers import _cgroup
 from offload_layers._errors import ConfigError
+from offload_layers._sizes import parse_size
 
 _KIB = 1024
+Size = str | int
+#: of the memory that is free: what ``"auto"`` takes, and leaves the rest to activations and to others
+AUTO_SHARE = 0.8
 
 
 def available_ram(root: Path = Path("/")) -> int:
@@ -75,6 +79,16 @@ def check_is_there(device: torch.device) -> None:
         raise ConfigError(
             f"there is no {device}: torch sees {count} {device.type} device{'s' * (count != 1)}"
         )
+
+
+def vram_limit(vram: Size, device: torch.device, ram: int) -> int:
+    """Return the bytes of *device* that *vram* stands for; on a CPU at most *ram*, the host's."""
+    if device.type == "cpu":
+        return ram if vram == "auto" else min(ram, parse_size(vram, what="vram"))
+    if vram == "auto":
+        free, total = free_vram(device), total_vram(device)
+        return total - free + int(AUTO_SHARE * free)
+    return parse_size(vram, what="vram")
 
 
 def _mem_get_info(device: torch.device) -> tuple[int, int]:

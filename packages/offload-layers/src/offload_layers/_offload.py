@@ -2,136 +2,39 @@
 
 import logging
 import os
-import time
-import weakref
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offload_layers._errors import ConfigError
-from offload_layers._fact import PlanAndFact
 from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
+from offload_layers._handle import Offloaded, move_buffers
 from offload_layers._headers import find_files
 from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mapping
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
-from offload_layers._machine import available_ram, free_vram, total_vram
+from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
 from offload_layers._manage import load_unmanaged
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
-from offload_layers._presented import end_presenting, present
+from offload_layers._presented import present
 from offload_layers._probe import probe
-from offload_layers._progress import watched
 from offload_layers._rates import Rates
-from offload_layers._replace import disable_vram_management
-from offload_layers._report import report
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
 from offload_layers._source import Source, check_source, offered, trim, with_ties
-from offload_layers._state import State
 from offload_layers._tier import Tier
 from offload_layers._trace import Inputs
-from offload_layers._verify import Verification, verify
 from offload_layers._work import Work, measure_work
 
 _log = logging.getLogger("offload_layers.offload")
 _CPU = torch.device("cpu")
 
-Size = str | int
-#: of the memory that is free: what ``"auto"`` takes, and leaves the rest to activations and to others
-AUTO_SHARE = 0.8
 _TYPICAL_ROWS = 4096  # tokens of a picture of 1024 by 1024
-
-
-class Offloaded:
-    """A model that `offload` manages; ``with`` gives it back plain at the end of the block.
-
-    Attributes:
-        model: The model, the same object as before.
-        plan: What was planned.
-    """
-
-    def __init__(self, model: nn.Module, plan: Plan, layers: list[AutoTorchModule]) -> None:
-        self.model = model
-        self.plan = plan
-        self._layers = [weakref.ref(layer) for layer in layers]
-        self._is_removed = False
-        self._forward_s: float | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, and take the time until its device is done."""
-        start = time.perf_counter()
-        output = self.model(*args, **kwargs)
-        if self.plan.device.type != "cpu":
-            torch.get_device_module(self.plan.device).synchronize(self.plan.device)
-        self._forward_s = time.perf_counter() - start
-        return output
-
-    def report(self) -> PlanAndFact:
-        """Return what is where and what it has cost, beside what was predicted."""
-        self._managed()
-        return PlanAndFact(self.plan, report(self.model), self._forward_s)
-
-    def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Run the model once on these inputs, and compare each layer with the plain one; see `verify`."""
-        self._managed()
-        return verify(self.model, *args, **kwargs)
-
-    def onload(self) -> None:
-        """Bring what the plan keeps in host memory there: the model is needed soon."""
-        coming = [(layer, _host_nbytes(layer)) for layer in self._managed()]
-        label, nbytes = f"Loading {type(self.model).__name__}", sum(size for _, size in coming)
-        for layer in watched(coming, label=label, nbytes=nbytes):
-            layer.onload()
-        _move_buffers(self.model, self.plan.device)
-
-    def offload(self) -> None:
-        """Take no memory of the device, nor of the host for what can be read again."""
-        for layer in self._managed():
-            layer.offload()
-        _move_buffers(self.model, _CPU)
-
-    def set_vram(self, vram: Size) -> None:
-        """Let the model use another amount of the device's memory from its next forward on."""
-        limit = _vram(vram, self.plan.device, self.plan.ram)
-        for layer in self._managed():
-            layer._owner().limit = limit
-
-    def remove(self, device: str | int | torch.device | None = None) -> nn.Module:
-        """Give the model back plain, with all its weights in memory.
-
-        Args:
-            device: Where they go; by default each stays where it rests, and those on disk come to the host.
-        """
-        if not self._is_removed:
-            end_presenting(self.model)
-            disable_vram_management(self.model, device)
-            if device is not None:
-                _move_buffers(self.model, parse_device(device))
-            self._is_removed = True
-        return self.model
-
-    def __enter__(self) -> "Offloaded":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def _managed(self) -> list[AutoTorchModule]:
-        if self._is_removed:
-            raise ConfigError(f"{type(self.model).__name__} was given back; call offload() on it again")
-        return [layer for reference in self._layers if (layer := reference()) is not None]
-
-    def __repr__(self) -> str:
-        state = "given back" if self._is_removed else f"{len(self._layers):,} layers on {self.plan.device}"
-        return f"<Offloaded {type(self.model).__name__}: {state}>"
 
 
 def offload(
@@ -203,7 +106,7 @@ def offload(
         before.restore()
         raise
     Schedule.keep_small([layer._owner() for layer in layers])
-    _move_buffers(model, target)
+    move_buffers(model, target)
     present(model, target)
     handle = Offloaded(model, plan, layers)
     handle.onload()
@@ -318,7 +221,7 @@ def _plan(
     work: Work | None,
 ) -> Plan:
     host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
-    limit = _vram(vram, device, host)
+    limit = vram_limit(vram, device, host)
     foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
     return make_plan(
         sizes,
@@ -331,15 +234,6 @@ def _plan(
         fetches_ahead=fetches_ahead,
         work=work,
     )
-
-
-def _vram(vram: Size, device: torch.device, ram: int) -> int:
-    if device.type == "cpu":
-        return ram if vram == "auto" else min(ram, parse_size(vram, what="vram"))
-    if vram == "auto":
-        free, total = free_vram(device), total_vram(device)
-        return total - free + int(AUTO_SHARE * free)
-    return parse_size(vram, what="vram")
 
 
 def _find(model: nn.Module) -> list[Found]:
@@ -388,25 +282,6 @@ def _policy(
         return Policy(host, host, computation, computation)
     on_host = tier is Tier.HOST
     return Policy(DISK, host if on_host else DISK, computation, computation)
-
-
-def _host_nbytes(layer: AutoTorchModule) -> int:
-    """Return the bytes that going to ONLOAD reads."""
-    residency = layer._owner()
-    onload = residency.policy.onload
-    if onload.is_disk or residency.state is not State.OFFLOAD:
-        return 0
-    return sum(weight.nbytes_in(onload) for weight in residency.weights if weight.registered.is_meta)
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers that no layer moves to *device*."""
-    for module in model.modules():
-        if isinstance(module, ManagedModule):
-            continue
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
 
 
 def _check_dtypes(dtype: object, storage_dtype: object) -> None:

@@ -1,0 +1,130 @@
+"""The handle of a model that is managed as a whole: run it, move it, ask what it costs, and give it back."""
+
+import time
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_layers._errors import ConfigError
+from offload_layers._fact import PlanAndFact
+from offload_layers._layers import AutoTorchModule
+from offload_layers._machine import Size, vram_limit
+from offload_layers._managed import ManagedModule
+from offload_layers._placement import parse_device
+from offload_layers._plan import Plan
+from offload_layers._presented import end_presenting
+from offload_layers._progress import watched
+from offload_layers._replace import disable_vram_management
+from offload_layers._report import report
+from offload_layers._state import State
+from offload_layers._verify import Verification, verify
+
+_CPU = torch.device("cpu")
+
+
+class Offloaded:
+    """A model that `offload` manages; ``with`` gives it back plain at the end of the block.
+
+    Attributes:
+        model: The model, the same object as before.
+        plan: What was planned.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, layers: list[AutoTorchModule]) -> None:
+        self.model = model
+        self.plan = plan
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._is_removed = False
+        self._forward_s: float | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, and take the time until its device is done."""
+        start = time.perf_counter()
+        output = self.model(*args, **kwargs)
+        if self.plan.device.type != "cpu":
+            torch.get_device_module(self.plan.device).synchronize(self.plan.device)
+        self._forward_s = time.perf_counter() - start
+        return output
+
+    def report(self) -> PlanAndFact:
+        """Return what is where and what it has cost, beside what was predicted."""
+        self._managed()
+        return PlanAndFact(self.plan, report(self.model), self._forward_s)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Run the model once on these inputs, and compare each layer with the plain one; see `verify`."""
+        self._managed()
+        return verify(self.model, *args, **kwargs)
+
+    def onload(self) -> None:
+        """Bring what the plan keeps in host memory there: the model is needed soon."""
+        coming = [(layer, _host_nbytes(layer)) for layer in self._managed()]
+        label, nbytes = f"Loading {type(self.model).__name__}", sum(size for _, size in coming)
+        for layer in watched(coming, label=label, nbytes=nbytes):
+            layer.onload()
+        move_buffers(self.model, self.plan.device)
+
+    def offload(self) -> None:
+        """Take no memory of the device, nor of the host for what can be read again."""
+        for layer in self._managed():
+            layer.offload()
+        move_buffers(self.model, _CPU)
+
+    def set_vram(self, vram: Size) -> None:
+        """Let the model use another amount of the device's memory from its next forward on."""
+        limit = vram_limit(vram, self.plan.device, self.plan.ram)
+        for layer in self._managed():
+            layer._owner().limit = limit
+
+    def remove(self, device: str | int | torch.device | None = None) -> nn.Module:
+        """Give the model back plain, with all its weights in memory.
+
+        Args:
+            device: Where they go; by default each stays where it rests, and those on disk come to the host.
+        """
+        if not self._is_removed:
+            end_presenting(self.model)
+            disable_vram_management(self.model, device)
+            if device is not None:
+                move_buffers(self.model, parse_device(device))
+            self._is_removed = True
+        return self.model
+
+    def __enter__(self) -> "Offloaded":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _managed(self) -> list[AutoTorchModule]:
+        if self._is_removed:
+            raise ConfigError(f"{type(self.model).__name__} was given back; call offload() on it again")
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def __repr__(self) -> str:
+        state = "given back" if self._is_removed else f"{len(self._layers):,} layers on {self.plan.device}"
+        return f"<Offloaded {type(self.model).__name__}: {state}>"
+
+
+def _host_nbytes(layer: AutoTorchModule) -> int:
+    """Return the bytes that going to ONLOAD reads."""
+    residency = layer._owner()
+    onload = residency.policy.onload
+    if onload.is_disk or residency.state is not State.OFFLOAD:
+        return 0
+    return sum(weight.nbytes_in(onload) for weight in residency.weights if weight.registered.is_meta)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers that no layer moves to *device*."""
+    for module in model.modules():
+        if isinstance(module, ManagedModule):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
