@@ -478,3 +478,53 @@ def writes() -> nn.Module:
 def test_writes_are_told_from_views(mode: Callable[[], Any], conforms: Callable[[Any], nn.Module]) -> None:
     with mode():
         assert conforms(writes).flat.shape == (2, 2)
+
+
+def test_every_deepcopy_of_a_layer_with_buffers_skips_its_parameters(
+    conforms: Callable[[Any], nn.Module],
+) -> None:
+    def build() -> nn.Module:
+        layer = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+        return nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(3))])
+
+    conforms(build)
+
+
+def test_channels_last_layers_skip_their_parameters(conforms: Callable[[Any], nn.Module]) -> None:
+    conforms(lambda: nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last))
+
+
+def test_conversions_give_what_they_give_plainly(conforms: Callable[[Any], nn.Module]) -> None:
+    def build() -> nn.Module:
+        tensor = torch.ones(2)
+        same = tensor.to("cpu", torch.float32)
+        copied = tensor.to("cpu", torch.float32, False, True)
+        tensor.add_(1)
+        like = tensor.to(torch.zeros(1, dtype=torch.float64))
+        return module(
+            all=[tensor, same, copied, like, torch.ones(1, 2, 2, 2).to(memory_format=torch.channels_last)]
+        )
+
+    conforms(build)
+
+
+def test_conjugates_and_imaginary_parts(conforms: Callable[[Any], nn.Module]) -> None:
+    def build() -> nn.Module:
+        number = torch.ones(3, dtype=torch.complex64).mul_(1 + 2j)
+        return module(conjugate=number.conj(), negative=number.conj().imag, imaginary=number.imag)
+
+    conforms(build)
+
+
+def test_tensors_whose_data_were_replaced_leave_no_trace(conforms: Callable[[Any], nn.Module]) -> None:
+    """A new storage at the address of one that is gone is not taken for it."""
+
+    def build() -> nn.Module:
+        made = []
+        for _ in range(50):
+            replaced = torch.empty(3, 3)
+            replaced.data = torch.arange(9.0).view(3, 3)
+            made += [replaced, torch.ones(3, 3) * 2]
+        return module(made=made)
+
+    conforms(build)

@@ -1,4 +1,9 @@
-"""One open block: who is in it, what it made, and how it ends."""
+"""One open block: who is in it, what it is told, and how it ends.
+
+While a `TorchFunctionMode` is entered, torch calls its ``__torch_function__(function, types, arguments,
+keywords)`` in place of every torch function and tensor method that the current thread calls, and takes what
+it returns as the result. Inside that method the mode is off, so calling ``function`` there runs it plainly.
+"""
 
 import asyncio
 import contextlib
@@ -14,15 +19,17 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from ._calls import answer
 from ._errors import PendingValueError
+from ._functions import METADATA
 from ._linear import expect_reset
-from ._mode import BlockMode
-from ._pending import Log
+from ._log import Log
 from ._tensors import become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
+_use_count = torch._C._storage_Use_Count
 _running_loop, _thread = asyncio._get_running_loop, threading.get_ident
 
 
@@ -31,17 +38,17 @@ def _current_task() -> Any:
     return None if loop is None else asyncio.current_task(loop)
 
 
-class Block:
+class Block(TorchFunctionMode):
     """What one thread, or one asyncio task, makes between entering and leaving."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
         self.depth = 1
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
         self._thread, self._task = _thread(), _current_task()
         self._outer = _entered.get()
-        self._mode = BlockMode(self)
 
     @staticmethod
     def current() -> "Block | None":
@@ -53,9 +60,16 @@ class Block:
         """Whether this thread and this task are those that opened the block."""
         return self.depth > 0 and self._thread == _thread() and self._task is _current_task()
 
+    def __torch_function__(
+        self, function: Any, types: object, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        if function in METADATA or not self.is_current():
+            return function(*arguments, **keywords) if keywords else function(*arguments)
+        return answer(self.log, function, arguments, keywords or {})
+
     def open(self) -> None:
         _entered.set(self)
-        _push_mode(self._mode)  # type: ignore[no-untyped-call]
+        _push_mode(self)  # type: ignore[no-untyped-call]
 
     def close(self, *, failed: bool) -> None:
         """End the block: no pending tensor outlives it, except parameters on the meta device.
@@ -66,7 +80,7 @@ class Block:
         self.depth = 0
         _entered.set(self._outer)
         above = []  # blocks of other tasks on this thread may have been entered later and be open still
-        while self._mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             above.append(_pop_mode())  # type: ignore[no-untyped-call]
         for mode in reversed(above[:-1]):
             _push_mode(mode)  # type: ignore[no-untyped-call]
@@ -77,7 +91,9 @@ class Block:
             with contextlib.suppress(*([PendingValueError] if failed else [])):
                 for tensor in self.log.survivors():
                     self.log.materialize(tensor)
-                if self.log.has_unknown_users(self.parameters.values()):
+                known = [*self.log.own(), *self.parameters.values()]
+                users = sum(map(self.log.storages.__contains__, map(storage_address, known)))
+                if sum(map(_use_count, self.log.storages)) > users:
                     self._search_for_users()
             if self.device.type != "meta":
                 for parameter in self.parameters.values():
@@ -86,7 +102,7 @@ class Block:
 
     def _search_for_users(self) -> None:
         """Parameters that were registered past the hook (deepcopy) are noted, all others get values."""
-        known = self.log.own_ids() | self.parameters.keys()
+        known = set(map(id, self.log.own())) | self.parameters.keys()
         registered: set[int] = set()
         users: list[Tensor] = []
         for candidate in gc.get_objects():

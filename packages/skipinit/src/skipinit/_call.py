@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
-
 
 class Call(NamedTuple):
     """A function and what it is called with."""
 
     function: Callable[..., Any]
     arguments: Sequence[Any]
-    keywords: Mapping[str, Any] = NO_KEYWORDS
+    keywords: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def name(self) -> str:
@@ -30,19 +28,7 @@ class Call(NamedTuple):
 
     def replace(self, change: Callable[[Any], Any], kinds: Any = Tensor) -> "Call":
         """The same call with every tensor, or whatever is one of *kinds*, changed."""
-        arguments, keywords = replace((tuple(self.arguments), dict(self.keywords)), change, kinds)
-        return Call(self.function, arguments, keywords)
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors among nested tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)):
-        return []
-    return [tensor for value in values for tensor in tensors_in(value)]
+        return Call(self.function, *replace((tuple(self.arguments), dict(self.keywords)), change, kinds))
 
 
 def replace(values: Any, change: Callable[[Any], Any], kinds: Any = Tensor) -> Any:
@@ -57,3 +43,10 @@ def replace(values: Any, change: Callable[[Any], Any], kinds: Any = Tensor) -> A
     if isinstance(values, list):
         return changed
     return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    replace(values, found.append)
+    return found

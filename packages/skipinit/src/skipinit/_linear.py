@@ -8,13 +8,13 @@ removes itself when it is called, and puts the initialization off as one call. N
 
 import functools
 import sys
-import types
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._call import Call
-from ._pending import Log
+from ._log import Log
 from ._tensors import storage_address
 
 _CONSTRUCTOR = nn.Linear.__init__.__code__
@@ -31,19 +31,19 @@ def expect_reset(module: Any, weight: nn.Parameter, log: Log) -> None:
 
 def _put_reset_off(module: nn.Linear, weight: nn.Parameter, log: Log) -> None:
     del module.__dict__["reset_parameters"]
-    bias = module._parameters.get("bias")
+    bias = module._parameters["bias"]
     parameters = [weight] if bias is None else [weight, bias]
-    storages = [log.storages[a] for p in parameters if (a := storage_address(p)) in log.storages]
+    storages = [s for p in parameters if (s := log.storages.get(storage_address(p))) and s.value is None]
     if (
         len(storages) == len(parameters)
-        and module._parameters["weight"] is weight  # hooks of others may have replaced it
+        and module._parameters["weight"] is weight  # hooks of others may have replaced it, or read one
         and (nn.init.kaiming_uniform_, nn.init.uniform_) == _INITIALIZERS  # as some libraries do with these
     ):
-        log.write(storages, Call(reset_linear, (module.in_features, *storages)))
+        log.write(Call(reset_linear, (module.in_features, *storages)), storages)
     else:
         module.reset_parameters()
 
 
 def reset_linear(in_features: int, weight: Tensor, bias: Tensor | None = None) -> None:
     """What ``nn.Linear.reset_parameters`` does, for the flat storages of a layer."""
-    _RESET(types.SimpleNamespace(weight=weight.view(-1, in_features), bias=bias))  # type: ignore[arg-type]
+    _RESET(SimpleNamespace(weight=weight.view(-1, in_features), bias=bias))  # type: ignore[arg-type]

@@ -5,20 +5,7 @@ from typing import Any
 import torch
 
 from ._call import Call
-
-
-def names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-#: the functions that draw; some take a ``generator``, which depends on the version of torch
-RANDOM = names(
-    "rand randn randint randperm normal bernoulli multinomial poisson binomial rand_like randn_like"
-    " randint_like dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
-    " feature_dropout native_dropout rrelu rrelu_ gumbel_softmax uniform_ normal_ random_ exponential_"
-    " geometric_ log_normal_ cauchy_ bernoulli_ trunc_normal_ orthogonal_ sparse_ kaiming_uniform_"
-    " kaiming_normal_ xavier_uniform_ xavier_normal_ reset_linear"
-)
+from ._functions import RANDOM
 
 
 class Streams:
@@ -45,13 +32,13 @@ class Streams:
             with torch.random.fork_rng(device_type=device.type):
                 return call.run()
         # The global generator is moved and put back. A thread that draws meanwhile draws from this stream.
-        before = torch.default_generator.get_state()
+        before = torch.get_rng_state()
         try:
-            torch.default_generator.set_state(generator.get_state())
+            torch.set_rng_state(generator.get_state())
             return call.run()
         finally:
-            generator.set_state(torch.default_generator.get_state())
-            torch.default_generator.set_state(before)
+            generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(before)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

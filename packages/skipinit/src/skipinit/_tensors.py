@@ -8,7 +8,6 @@ from torch import Tensor
 from ._errors import PendingValueError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-_function_modes = torch._C._len_torch_function_stack
 
 
 def storage_address(tensor: Tensor) -> int:
@@ -18,18 +17,6 @@ def storage_address(tensor: Tensor) -> int:
     except (NotImplementedError, RuntimeError):
         return 0
     return address
-
-
-def alias_of(tensor: Tensor) -> Tensor:
-    """Another tensor that shows the same, which autograd does not know to be a view of the first.
-
-    It is made without ``tensor.untyped_storage()``, whose result torch may count as a user of the storage for
-    as long as the storage lives.
-    """
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    with torch.no_grad():
-        empty.set_(tensor)  # type: ignore[call-overload]
-    return empty
 
 
 def become(tensor: Tensor, other: Tensor) -> None:
@@ -55,6 +42,6 @@ def resolve(device: Any) -> torch.device:
 
     What does not exist raises, as it does plainly.
     """
-    if device is None and not _function_modes():  # such as torch.device("cuda") as a context
+    if device is None and not torch._C._len_torch_function_stack():  # as torch.device("cuda") as a context is
         return CPU
     return torch.empty(0, device=device).device
