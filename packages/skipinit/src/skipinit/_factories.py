@@ -27,6 +27,7 @@ LIKE = {
     for owner, spelling in ((torch, f"{factory.__name__}_like"), (Tensor, f"new_{factory.__name__}"))
     if hasattr(owner, spelling)
 }
+LIKE[Tensor.new] = torch.empty  # if it is given sizes; initializers of older versions of torch use it
 #: their arguments that say nothing about what the storage would hold
 DEFERRABLE = names("size dtype device requires_grad memory_format fill_value")
 #: what a contiguous tensor keeps
@@ -71,6 +72,8 @@ def make_like(
     storage = log.find(model) if isinstance(model, Tensor) and model.is_contiguous() else None
     if storage is None or keywords.get("memory_format") not in ROW_MAJOR:
         return None
+    if function is Tensor.new and not (rest and all(type(size) is int for size in rest)):
+        return None  # made from data
     size = [model.size()] if function.__name__.endswith("_like") else []
     options = {"dtype": model.dtype, "device": storage.device, **keywords, "memory_format": None}
     return make(log, LIKE[function], (*size, *rest), options)
