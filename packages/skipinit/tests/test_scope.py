@@ -1,6 +1,7 @@
 """Whom a block acts on, and that it leaves nothing behind."""
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -229,6 +230,20 @@ def test_submodules_built_in_threads_are_plain() -> None:
     with skip_model_initialization():
         model = Parallel()
     assert unmaterialized(model) == ["mine.weight", "mine.bias"]
+
+
+def test_thread_with_the_context_of_another_opens_its_own_block() -> None:
+    def build() -> nn.Module:
+        plain = nn.Linear(2, 2)
+        assert is_real(plain)
+        with skip_model_initialization():
+            return nn.Linear(2, 2)
+
+    with skip_model_initialization(), ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(contextvars.copy_context().run, build).result()
+        assert theirs.weight.is_meta  # their block has ended, ours has not
+        mine = nn.Linear(2, 2)
+    assert is_meta(mine)
 
 
 @pytest.mark.parametrize("read", [lambda t: t.tolist(), lambda t: t + torch.ones(3), lambda t: float(t[0])])
