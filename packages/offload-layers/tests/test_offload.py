@@ -1,6 +1,7 @@
 """One call: all modules with parameters are managed, within the memory that was given, and given back."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from offload_layers import (
     offload,
     reset_counters,
 )
+from offload_layers._budget import budget_of
 from offload_layers._find import find_layers
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
@@ -344,6 +346,8 @@ def test_the_handle_checks_itself(ram: str | int) -> None:
 
 
 def test_prediction_beside_fact() -> None:
+    gc.collect()
+    others = budget_of(torch.device("cpu")).statistics().lent_nbytes  # of models that are still alive
     rates = Rates(disk_bytes_per_s=1e9, bus_bytes_per_s=1e9, memory_bytes_per_s=1e9, flops=1e9)
     handle = offload(skeleton(), device="cpu", ram="100kB", source=checkpoint(), rows=10, rates=rates)
     assert "none was run through the handle yet" in str(handle.report())
@@ -351,7 +355,7 @@ def test_prediction_beside_fact() -> None:
     for _ in range(3):
         handle(IDS)
     fact = handle.report()
-    assert fact.report.peak_nbytes <= 100_000
+    assert fact.report.peak_nbytes - others <= 100_000
     prediction = fact.plan.predict()
     assert prediction is not None
     assert fact.forward_s is not None
