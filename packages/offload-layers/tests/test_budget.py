@@ -3,7 +3,7 @@ import gc
 import pytest
 import torch
 from offload_layers import BudgetError
-from offload_layers._budget import Budget, Lease
+from offload_layers._budget import Borrower, Budget, Lease
 from offload_layers.testing import FakeMemory
 
 CPU = torch.device("cpu")
@@ -26,6 +26,9 @@ class Layer:
         self.lease.give_back()
         self.lease = None
         return True
+
+    def yield_ahead_to(self, other: Borrower) -> None:
+        """Nothing is fetched ahead for this layer."""
 
 
 @pytest.fixture

@@ -58,6 +58,9 @@ class Borrower(Protocol):
     def try_demote(self) -> bool:
         """Leave the device now if that is possible without waiting; say whether it was done."""
 
+    def yield_ahead_to(self, other: "Borrower") -> None:
+        """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
+
 
 @dataclass(frozen=True)
 class BudgetStatistics:
@@ -168,9 +171,13 @@ class Budget:
             return True
 
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
-        """Lend *nbytes* to a layer that is about to compute; residents may be asked to leave."""
+        """Lend *nbytes* to a layer that is about to compute; others may be asked to make room.
+
+        What was fetched ahead for other models goes first: unlike a resident it was not used yet.
+        """
         if limit is not None:
             most = limit - nbytes - borrower.beside_nbytes
+            self._ask_to_yield(borrower, lambda: self._lent <= most)
             self._ask_to_leave(borrower, lambda: self._lent <= most)
         with self._lock:
             return self._lend(borrower, nbytes, is_resident=False)
@@ -270,6 +277,20 @@ class Budget:
     def __repr__(self) -> str:
         s = self.statistics()
         return f"<Budget {s.device} {s.lent_nbytes:,} bytes lent, {s.residents} residents>"
+
+    def _ask_to_yield(self, borrower: Borrower, is_enough: Callable[[], bool]) -> None:
+        """Ask models other than that of *borrower* to drop what they fetched ahead, until *is_enough*."""
+        with self._lock:
+            self._collect()
+            if is_enough():
+                return
+            others = [entry.borrower() for entry in self._entries.values() if not entry.is_resident]
+        for other in others:
+            if other is not None:
+                other.yield_ahead_to(borrower)
+                with self._lock:
+                    if is_enough():
+                        return
 
     def _ask_to_leave(self, borrower: Borrower, is_enough: Callable[[], bool]) -> None:
         """Ask residents other than *borrower* to leave until *is_enough*, a question to the books."""

@@ -12,6 +12,7 @@ names in ``state_dict`` and every reference that others keep to it. The generate
 import copy
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -193,13 +194,18 @@ def managed_class(
     face: type[ManagedModule], own: type[nn.Module], parameters: Names, buffers: Names = ()
 ) -> type[ManagedModule]:
     """Return the subclass of *own*, with the methods of *face*, in which these tensors are managed."""
-    key = (face, own, parameters, buffers)
-    if key not in _CLASSES:
-        _CLASSES[key] = _make_class(*key)
-    return _CLASSES[key]
+    key = (face, id(own), parameters, buffers)
+    made = _CLASSES.get(key)
+    if made is None:
+        made = _CLASSES[key] = _make_class(face, own, parameters, buffers)
+    return made
 
 
-_CLASSES: dict[tuple[type, type, Names, Names], type[ManagedModule]] = {}
+# neither keeps a class alive: one that torch makes for a single module, to parametrize it, holds that module.
+# The managed class keeps its base, whose id is thus not used again before the entry is gone
+_CLASSES: weakref.WeakValueDictionary[tuple[type, int, Names, Names], type[ManagedModule]] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def _make_class(

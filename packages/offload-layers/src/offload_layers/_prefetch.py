@@ -210,6 +210,11 @@ class Prefetcher:
             for queue in list(self._queues):
                 queue.clear()
 
+    def give_up(self) -> None:
+        """Drop everything that was fetched ahead, and wait for what is being fetched now."""
+        self.forget()
+        self._reader.finish_running()
+
     def ahead_nbytes(self) -> int:
         """Return the bytes that are borrowed for what is ahead of this thread."""
         return self._queue().nbytes

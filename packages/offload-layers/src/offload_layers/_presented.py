@@ -5,6 +5,7 @@ there. The parameters of a model on disk are on ``meta``; so the model's class b
 whose ``device`` is the one that computes.
 """
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -27,13 +28,15 @@ def end_presenting(model: nn.Module) -> None:
         model.__class__ = type(model).__bases__[0]
 
 
-_SUBCLASSES: dict[type, type[nn.Module]] = {}
+# by the id of the class that they are derived from, and keep; no class is kept alive here
+_SUBCLASSES: weakref.WeakValueDictionary[int, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _subclass(own: type[nn.Module]) -> type[nn.Module]:
-    if own not in _SUBCLASSES:
-        _SUBCLASSES[own] = _make_subclass(own)
-    return _SUBCLASSES[own]
+    made = _SUBCLASSES.get(id(own))
+    if made is None:
+        made = _SUBCLASSES[id(own)] = _make_subclass(own)
+    return made
 
 
 def _make_subclass(own: type[nn.Module]) -> type[nn.Module]:

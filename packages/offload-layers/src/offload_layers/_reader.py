@@ -99,6 +99,14 @@ class Reader:
             job._result = None
         job._on_drop()
 
+    def finish_running(self) -> None:
+        """Wait for the job that is being done now, if there is one; also until it is dropped, if it was."""
+        with self._changed:
+            job = self._running
+            while job is not None and self._running is job:
+                job._is_awaited = True
+                self._changed.wait(1)
+
     def settle(self) -> None:
         """Wait until everything that was submitted is done."""
         with self._changed:
@@ -130,16 +138,17 @@ class Reader:
             _log.debug("fetching ahead failed; the layer will fetch by itself", exc_info=True)
         finally:
             with self._changed:
-                self._running = None
                 job._stage = _Stage.DONE
                 is_dropped = job._is_dropped
                 if not is_dropped:
                     job._result = result
-                if job._is_awaited:
-                    self._changed.notify_all()
             del result
             if is_dropped:
                 job._on_drop()
+            with self._changed:
+                self._running = None
+                if job._is_awaited:
+                    self._changed.notify_all()
 
     def _forget_thread(self) -> None:
         """Start anew in a forked child, which has no thread and may have found the lock taken."""

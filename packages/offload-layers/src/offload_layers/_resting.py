@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from offload_layers._budget import Budget, Lease, budget_of
+from offload_layers._budget import Borrower, Budget, Lease, budget_of
 from offload_layers._counters import Counters
 from offload_layers._device import Device, device_of
 from offload_layers._errors import IllegalTransitionError
@@ -188,6 +188,11 @@ class Resting:
             return True
         finally:
             self._lock.release()
+
+    def yield_ahead_to(self, other: Borrower) -> None:
+        """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
+        if self.schedule is not None and self.schedule is not getattr(other, "schedule", None):
+            self.schedule.prefetcher.give_up()
 
     def climb_to(self, state: State) -> None:
         """Go up to *state* through the states between; PREPARING only if it fits."""
