@@ -198,6 +198,7 @@ class Clones(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.copied = copy.deepcopy(Block())
         self.values = copy.deepcopy([torch.ones(2), torch.zeros(1)])
+        self.twice = copy.deepcopy([torch.ones(2)] * 2)
 
 
 class Unregistered(nn.Module):

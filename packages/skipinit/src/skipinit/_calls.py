@@ -81,8 +81,7 @@ def _put_off(log: Log, call: Call, pending: list[Tensor]) -> Any:
     device = storages[0].device
     is_tracked = function not in UNTRACKED and getattr(function, "__module__", None) != "torch.nn.init"
     if (
-        name == "__deepcopy__"
-        or any(storage.value is not None or storage.device != device for storage in storages)
+        any(storage.value is not None or storage.device != device for storage in storages)
         or (name in RANDOM and log.streams.seeded_inside())
         or (is_tracked and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in pending))
     ):
