@@ -97,3 +97,19 @@ def test_a_task_that_fails_is_no_result_and_stops_nothing(reader: Reader, error:
     reader.submit(task.job)
     reader.settle()
     assert reader.result(task.job) == "after"
+
+
+def test_what_is_running_is_waited_for_until_it_is_dropped(reader: Reader) -> None:
+    reader.finish_running()  # nothing is
+    task = Task("weights", waits=True)
+    reader.submit(task.job)
+    assert task.begun.wait(20)
+    reader.drop(task.job)
+    threading.Timer(0.1, task.may_end.set).start()
+    reader.finish_running()
+    assert task.drops == 1
+
+
+def test_a_job_does_not_wait_for_itself(reader: Reader) -> None:
+    reader.submit(Job(reader.finish_running, lambda: None))
+    reader.settle()

@@ -205,14 +205,10 @@ class Prefetcher:
                 queue.end = place
 
     def forget(self) -> None:
-        """Drop everything that was fetched ahead."""
+        """Drop everything that was fetched ahead, also what is being fetched now."""
         with self._lock:
             for queue in list(self._queues):
                 queue.clear()
-
-    def give_up(self) -> None:
-        """Drop everything that was fetched ahead, and wait for what is being fetched now."""
-        self.forget()
         self._reader.finish_running()
 
     def ahead_nbytes(self) -> int:

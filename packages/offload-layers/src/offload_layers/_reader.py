@@ -54,6 +54,7 @@ class Reader:
     def __init__(self) -> None:
         self._queue: deque[Job[object]] = deque()
         self._running: Job[object] | None = None
+        self._thread: int | None = None
         self._is_draining = False
         self._changed = threading.Condition(threading.Lock())
         self._executor: ThreadPoolExecutor | None = None
@@ -100,9 +101,12 @@ class Reader:
         job._on_drop()
 
     def finish_running(self) -> None:
-        """Wait for the job that is being done now, if there is one; also until it is dropped, if it was."""
+        """Wait for the job that is being done now, if there is one; also until it is dropped, if it was.
+
+        Called by a job itself, as by a destructor that happens to run in it, do nothing.
+        """
         with self._changed:
-            job = self._running
+            job = None if threading.get_ident() == self._thread else self._running
             while job is not None and self._running is job:
                 job._is_awaited = True
                 self._changed.wait(1)
@@ -114,6 +118,7 @@ class Reader:
                 self._changed.wait(1)
 
     def _drain(self) -> None:
+        self._thread = threading.get_ident()
         try:
             while True:
                 with self._changed:
@@ -153,7 +158,7 @@ class Reader:
     def _forget_thread(self) -> None:
         """Start anew in a forked child, which has no thread and may have found the lock taken."""
         self._changed = threading.Condition(threading.Lock())
-        self._executor = None
+        self._executor = self._thread = None
         self._is_draining = False
         lost, self._running = [*self._queue, self._running], None
         self._queue.clear()

@@ -192,7 +192,7 @@ class Resting:
     def yield_ahead_to(self, other: Borrower) -> None:
         """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
         if self.schedule is not None and self.schedule is not getattr(other, "schedule", None):
-            self.schedule.prefetcher.give_up()
+            self.schedule.forget()
 
     def climb_to(self, state: State) -> None:
         """Go up to *state* through the states between; PREPARING only if it fits."""

@@ -84,7 +84,7 @@ class Schedule:
         self.prefetcher.start_after(layer)
 
     def forget(self) -> None:
-        """Drop everything that was fetched ahead."""
+        """Drop everything that was fetched ahead, also what is being fetched now."""
         self.prefetcher.forget()
 
     def source_for_reader(self, source: Source | None) -> Source | None:
