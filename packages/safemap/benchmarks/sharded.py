@@ -9,7 +9,6 @@ import ctypes
 import gc
 import importlib
 import json
-import mmap
 import os
 import platform
 import random
@@ -30,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from safemap import DiskMap
 from safemap.distributed import load_sharded
 from safetensors.torch import load_file, save_file
+from system import owned_memory
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -187,7 +187,13 @@ def local_sum(tensor: torch.Tensor) -> float:
 
 
 def run_rank(
-    rank: int, store: str, folder: Path, options: argparse.Namespace, name: str, is_cold: bool
+    rank: int,
+    store: str,
+    folder: Path,
+    options: argparse.Namespace,
+    name: str,
+    is_cold: bool,
+    get_memory: Callable[[], None],
 ) -> None:
     world = options.world
     torch.set_num_threads(1)
@@ -196,8 +202,7 @@ def run_rank(
         "gloo", init_method=f"file://{store}/init", rank=rank, world_size=world, timeout=minute
     )
     load, dim = CONTENDERS[name]
-    # once in vain: torch imports much at the first use, and a virtual machine may have given free memory back
-    # to its host, huge pages first, which takes up to 2 ms a MiB to get again
+    # once in vain: torch imports much at the first use
     load(make_skeleton(options.layers, dim), folder)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -207,7 +212,7 @@ def run_rank(
     if rank == 0:
         if is_cold:
             drop_pages(folder)
-        get_memory(3 << 30)
+        get_memory()
     dist.barrier()
     read, start = from_storage(), time.perf_counter()
     with watched_memory(memory):
@@ -222,14 +227,16 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def run(folder: Path, options: argparse.Namespace, name: str, is_cold: bool) -> list[dict[str, float]]:
+def run(
+    folder: Path, options: argparse.Namespace, name: str, is_cold: bool, get_memory: Callable[[], None]
+) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as store:
         children = []
         for rank in range(options.world):
             child = os.fork()
             if child == 0:
                 try:
-                    run_rank(rank, store, folder, options, name, is_cold)
+                    run_rank(rank, store, folder, options, name, is_cold, get_memory)
                 except BaseException:
                     traceback.print_exc()
                 os._exit(0)
@@ -237,21 +244,6 @@ def run(folder: Path, options: argparse.Namespace, name: str, is_cold: bool) -> 
         for child in children:
             os.waitpid(child, 0)
         return [json.loads((Path(store) / str(rank)).read_text()) for rank in range(options.world)]
-
-
-def get_memory(nbytes: int) -> None:
-    """Use so much memory once.
-
-    A virtual machine gives free memory back to its host after a while, huge pages first, and getting them
-    again takes up to 2 ms a MiB: whoever comes first would pay for it.
-    """
-    child = os.fork()
-    if child == 0:
-        memory = mmap.mmap(-1, nbytes)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(23)  # MADV_POPULATE_WRITE
-        os._exit(0)
-    os.waitpid(child, 0)
 
 
 def drop_pages(folder: Path) -> None:
@@ -288,11 +280,12 @@ def main() -> None:
     runs: dict[str, list[list[dict[str, float]]]] = {f"{n}, {s}": [] for s in states for n in names}
     importlib.import_module("torch._dynamo")  # before forking: operations on meta import it
     make_model_on_meta(1)
-    for _ in range(options.rounds):
-        for state in states:
-            for name in random.sample(names, len(names)):
-                fill_pages(folder)
-                runs[f"{name}, {state}"].append(run(folder, options, name, state == "cold"))
+    with owned_memory(4 << 30) as get_memory:
+        for _ in range(options.rounds):
+            for state in states:
+                for name in random.sample(names, len(names)):
+                    fill_pages(folder)
+                    runs[f"{name}, {state}"].append(run(folder, options, name, state == "cold", get_memory))
     rows = {}
     for name, of_rounds in runs.items():
         rows[name] = {

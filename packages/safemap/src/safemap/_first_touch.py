@@ -5,7 +5,9 @@ Note [Huge or small]
     each, and huge pages are cleared several times as fast as small ones: on a machine that has its memory to
     itself. A virtual machine may have given its free memory back to its host, in huge pages, and getting one
     again then takes longer than getting small ones that were never given back (measured, GB/s: huge 7.2 or
-    0.8, small 1.9). Nothing tells which it will be; so both are tried, timed, and tried again now and then.
+    0.8, small 1.9). Nothing tells which it will be, and it changes from one moment to the next. So the way
+    that was faster when it was last used is taken, and the other one tried again: soon, and later each time
+    that it is still slower.
 """
 
 import ctypes
@@ -19,8 +21,7 @@ from safemap._parallel import for_each
 
 _STEP = 8 << 20  # bytes of one call: enough to be timed, little enough to be wrong with
 _HUGE_PAGE = 2 << 20
-_RETRY = 64  # steps after which the way that was slower is tried again
-_MEMORY = 0.75  # how much a single time, of a thread that was interrupted, say, does not change
+_SOON, _LATE = 8, 64  # steps after which the way that was slower is tried again, at first and at last
 
 
 class FirstTouch:
@@ -29,8 +30,9 @@ class FirstTouch:
     def __init__(self) -> None:
         self._madvise = find_madvise()
         self._can_populate = True
-        self._costs: dict[int, float] = {}  # kind of page -> seconds a byte, of late
-        self._steps = itertools.count(1)
+        self._costs: dict[int, float] = {}  # kind of page -> seconds a byte, when last used
+        self._patience = _SOON
+        self._steps = 0  # since the way that was slower was tried
 
     def __call__(self, memory: mmap.mmap, start: int, stop: int, threads: int = 1) -> None:
         """Get pages for ``memory[start:stop]``, which is private and anonymous, if that can be done here."""
@@ -54,17 +56,26 @@ class FirstTouch:
                 self._can_populate = False
             return  # the pages come, or the lack of them is felt, when they are written
         if end - begin >= _HUGE_PAGE:
-            cost = (perf_counter() - start) / (end - begin)
-            self._costs[kind] = cost + _MEMORY * (self._costs.get(kind, cost) - cost)
+            self._learn(kind, (perf_counter() - start) / (end - begin))
 
     def _kind(self) -> int:
         for untried in (HUGE_PAGES, SMALL_PAGES):
             if untried not in self._costs:
                 return untried
-        is_huge = self._costs[HUGE_PAGES] <= self._costs[SMALL_PAGES]
-        if next(self._steps) % _RETRY == 0:
-            is_huge = not is_huge
-        return HUGE_PAGES if is_huge else SMALL_PAGES
+        self._steps += 1
+        faster, slower = self._ranking()
+        return faster if self._steps < self._patience else slower
+
+    def _learn(self, kind: int, cost: float) -> None:
+        before = self._ranking()
+        self._costs[kind] = cost
+        if self._ranking() != before:
+            self._steps, self._patience = 0, _SOON
+        elif kind != before[0]:  # it was tried in vain
+            self._steps, self._patience = 0, min(2 * self._patience, _LATE)
+
+    def _ranking(self) -> list[int]:
+        return sorted(self._costs, key=self._costs.__getitem__)
 
 
 #: of this process: what is learned holds for all of its memory
