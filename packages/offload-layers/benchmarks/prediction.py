@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from disk_offload import (
+    ROOM,
     TOKENS,
     PeakOfAnonymous,
     files,
@@ -36,6 +38,7 @@ from disk_offload import (
 )
 from offload_layers import Plan, Rates, offload, plan
 from offload_layers._budget import budget_of
+from owned_memory import owned_memory
 from safemap import DiskMap
 
 LINE = "{:>8} {:>9} {:>11} {:>8} {:>9} {:>7} {:>7} {:>8} {:>12} {:>9} {:>7}"
@@ -43,12 +46,13 @@ SHARES = (1.1, 0.5, 0.1)  # of the model's bytes
 
 
 @torch.no_grad()
-def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, Any]:
-    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    ram = int(share * nbytes)
+def measure(
+    folder: Path, ram: int, tokens: str, rounds: int, get_memory: Callable[[], None]
+) -> dict[str, Any]:
     side, text = TOKENS[tokens]
 
     def predict(**how: Any) -> float:
+        get_memory()
         predicted = planned(**how).predict()
         assert predicted is not None
         return predicted.total_s
@@ -61,6 +65,7 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     model = skeleton()
     arguments = inputs(model, tokens)
     by_rows_s = predict(rows=side * side + text)
+    get_memory()
     first = planned(inputs=arguments)
     before = memory()["RssAnon"]
     handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
@@ -68,6 +73,7 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     with PeakOfAnonymous() as sampled:
         for number in range(rounds + 2):
             forget(folder)  # the plan is for weights that come from the disk
+            get_memory()
             start = time.perf_counter()
             handle(**arguments)
             if number >= 2:  # the order is learned, and who stays is chosen
@@ -140,7 +146,10 @@ def main() -> None:
     use(getattr(torch, options.dtype))
     if options.measure:
         folder, share, tokens = options.measure
-        print(json.dumps(measure(Path(folder), float(share), tokens, options.rounds)))
+        nbytes = sum(Path(file).stat().st_size for file in files(Path(folder)))
+        with owned_memory(ROOM + nbytes) as get_memory:
+            found = measure(Path(folder), int(float(share) * nbytes), tokens, options.rounds, get_memory)
+        print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as scratch:
         planning = seconds_to_plan(Path(scratch))

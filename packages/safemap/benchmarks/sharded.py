@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from owned_memory import owned_memory
 from safemap import DiskMap
 from safemap.distributed import load_sharded
 from safetensors.torch import load_file, save_file
-from system import owned_memory
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

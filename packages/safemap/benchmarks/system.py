@@ -1,15 +1,11 @@
 """The machine: what is in the page cache, how fast bytes can come at all, how much memory is used."""
 
-import contextlib
 import ctypes
 import mmap
-import multiprocessing
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -100,54 +96,6 @@ def memory() -> tuple[int, int]:
             if key in ("RssAnon", "RssFile"):
                 values[key] = int(rest.split()[0]) * 1024
     return values["RssAnon"], values["RssFile"]
-
-
-@contextlib.contextmanager
-def owned_memory(nbytes: int) -> Iterator[Callable[[], None]]:
-    """Inside, leave *nbytes* of memory free; the function that is given makes sure that the machine has them.
-
-    A virtual machine gives memory that it does not use back to its host after seconds, huge pages first, and
-    getting it again takes up to 2 ms a MiB: several times as long as reading it from a disk. Whether that
-    happens is chance, and on a machine that owns its memory it never does. So what is not needed is held by
-    a process of its own, and the function, to be called right before each measurement, uses the rest once.
-    """
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-    child = context.Process(target=_hold, args=(_free_memory() - nbytes, ready, done), daemon=True)
-    child.start()
-    ready.wait()
-    try:
-        yield _use_free_memory
-    finally:
-        done.set()
-        child.join()
-
-
-def _hold(nbytes: int, ready: Event, done: Event) -> None:
-    memory = _used_once(nbytes) if nbytes > 0 else None
-    ready.set()
-    done.wait()
-    del memory
-
-
-def _use_free_memory() -> None:
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=_used_once, args=(_free_memory() - 64 * MIB,))
-    child.start()
-    child.join()
-
-
-def _used_once(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    for start in range(0, nbytes, 2 * MIB):
-        memory[start] = 1
-    return memory
-
-
-def _free_memory() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("MemFree:")) * 1024
 
 
 def description() -> dict[str, Any]:
