@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from disk_offload import (
 )
 from offload_layers import Plan, Rates, offload, plan
 from offload_layers._budget import budget_of
-from owned_memory import owned_memory
+from owned_memory import owned_memory, use_free_memory
 from safemap import DiskMap
 
 LINE = "{:>8} {:>9} {:>11} {:>8} {:>9} {:>7} {:>7} {:>8} {:>12} {:>9} {:>7}"
@@ -46,13 +45,13 @@ SHARES = (1.1, 0.5, 0.1)  # of the model's bytes
 
 
 @torch.no_grad()
-def measure(
-    folder: Path, ram: int, tokens: str, rounds: int, get_memory: Callable[[], None]
-) -> dict[str, Any]:
+def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, Any]:
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    ram = int(share * nbytes)
     side, text = TOKENS[tokens]
 
     def predict(**how: Any) -> float:
-        get_memory()
+        use_free_memory()
         predicted = planned(**how).predict()
         assert predicted is not None
         return predicted.total_s
@@ -65,7 +64,7 @@ def measure(
     model = skeleton()
     arguments = inputs(model, tokens)
     by_rows_s = predict(rows=side * side + text)
-    get_memory()
+    use_free_memory()
     first = planned(inputs=arguments)
     before = memory()["RssAnon"]
     handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
@@ -73,7 +72,7 @@ def measure(
     with PeakOfAnonymous() as sampled:
         for number in range(rounds + 2):
             forget(folder)  # the plan is for weights that come from the disk
-            get_memory()
+            use_free_memory()
             start = time.perf_counter()
             handle(**arguments)
             if number >= 2:  # the order is learned, and who stays is chosen
@@ -146,12 +145,9 @@ def main() -> None:
     use(getattr(torch, options.dtype))
     if options.measure:
         folder, share, tokens = options.measure
-        nbytes = sum(Path(file).stat().st_size for file in files(Path(folder)))
-        with owned_memory(ROOM + nbytes) as get_memory:
-            found = measure(Path(folder), int(float(share) * nbytes), tokens, options.rounds, get_memory)
-        print(json.dumps(found))
+        print(json.dumps(measure(Path(folder), float(share), tokens, options.rounds)))
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, owned_memory(ROOM):
         planning = seconds_to_plan(Path(scratch))
         print(", ".join(f"{name} {value:.3g}" for name, value in planning.items()))
         folder = options.folder or Path(scratch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_layers import AutoWrappedLinear, enable_vram_management
+from offload_layers import AutoWrappedLinear, _prefetch, enable_vram_management
 from offload_layers._counters import Counters
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Prefetcher
@@ -322,20 +322,27 @@ class Asked(Gate):
         self.asked += names
 
 
-def test_beside_a_computation_on_the_cpu_a_source_is_only_told() -> None:
+@pytest.mark.parametrize("told", [0, 4])
+def test_beside_a_computation_on_the_cpu_a_source_is_only_told(
+    told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbytes = 8 * 8 * 4
+    monkeypatch.setattr(_prefetch, "ASKED_AHEAD", told * nbytes)
     source = Asked(plain().state_dict())
     model = enable_vram_management(plain(), {nn.Linear: AutoWrappedLinear}, DISK, None, source)
     for _ in range(4):
         assert torch.equal(model(X), plain()(X))
     assert source.ahead == []  # copying takes the cores that compute
     assert source.asked[: LAYERS + 2] == [f"{i % LAYERS}.weight" for i in range(1, LAYERS + 3)]
-    assert prefetcher(model).ahead_nbytes() <= 2 * 8 * 8 * 4
+    window = max(2, told) * nbytes
+    assert window / 2 < prefetcher(model).ahead_nbytes() <= window
     model[0].offload()
     assert prefetcher(model).ahead_nbytes() == 0
 
 
-def test_a_source_is_told_however_fast_it_gives_tensors() -> None:
+def test_a_source_is_told_however_fast_it_gives_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disks may be faster than some page caches; what there is to ask for is known to the source."""
+    monkeypatch.setattr(_prefetch, "ASKED_AHEAD", 0)
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     asked: list[str] = []
 

@@ -9,18 +9,15 @@ import contextlib
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 HUGE_PAGE = 2 << 20
 LEFT = 64 << 20  # bytes that stay free when all are used once
 
 
 @contextlib.contextmanager
-def owned_memory(nbytes: int) -> Iterator[Callable[[], None]]:
-    """Inside, leave *nbytes* of memory free, holding the rest, and give a function that uses these once.
-
-    It is to be called right before each measurement.
-    """
+def owned_memory(nbytes: int) -> Iterator[None]:
+    """Inside, leave *nbytes* of memory free and hold the rest."""
     holder = subprocess.Popen(
         [sys.executable, __file__, str(_free_nbytes() - nbytes), "hold"],
         stdin=subprocess.PIPE,
@@ -29,12 +26,13 @@ def owned_memory(nbytes: int) -> Iterator[Callable[[], None]]:
     assert holder.stdout is not None
     holder.stdout.readline()
     try:
-        yield _use_free_memory
+        yield
     finally:
         holder.communicate()  # ends its input, and with it the process
 
 
-def _use_free_memory() -> None:
+def use_free_memory() -> None:
+    """Use all free memory once; call it right before each measurement."""
     command = [sys.executable, __file__, str(_free_nbytes() - LEFT)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

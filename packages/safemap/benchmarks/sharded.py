@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from owned_memory import owned_memory
+from owned_memory import owned_memory, use_free_memory
 from safemap import DiskMap
 from safemap.distributed import load_sharded
 from safetensors.torch import load_file, save_file
@@ -187,13 +187,7 @@ def local_sum(tensor: torch.Tensor) -> float:
 
 
 def run_rank(
-    rank: int,
-    store: str,
-    folder: Path,
-    options: argparse.Namespace,
-    name: str,
-    is_cold: bool,
-    get_memory: Callable[[], None],
+    rank: int, store: str, folder: Path, options: argparse.Namespace, name: str, is_cold: bool
 ) -> None:
     world = options.world
     torch.set_num_threads(1)
@@ -212,7 +206,7 @@ def run_rank(
     if rank == 0:
         if is_cold:
             drop_pages(folder)
-        get_memory()
+        use_free_memory()
     dist.barrier()
     read, start = from_storage(), time.perf_counter()
     with watched_memory(memory):
@@ -227,16 +221,14 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def run(
-    folder: Path, options: argparse.Namespace, name: str, is_cold: bool, get_memory: Callable[[], None]
-) -> list[dict[str, float]]:
+def run(folder: Path, options: argparse.Namespace, name: str, is_cold: bool) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as store:
         children = []
         for rank in range(options.world):
             child = os.fork()
             if child == 0:
                 try:
-                    run_rank(rank, store, folder, options, name, is_cold, get_memory)
+                    run_rank(rank, store, folder, options, name, is_cold)
                 except BaseException:
                     traceback.print_exc()
                 os._exit(0)
@@ -280,12 +272,12 @@ def main() -> None:
     runs: dict[str, list[list[dict[str, float]]]] = {f"{n}, {s}": [] for s in states for n in names}
     importlib.import_module("torch._dynamo")  # before forking: operations on meta import it
     make_model_on_meta(1)
-    with owned_memory(4 << 30) as get_memory:
+    with owned_memory(4 << 30):
         for _ in range(options.rounds):
             for state in states:
                 for name in random.sample(names, len(names)):
                     fill_pages(folder)
-                    runs[f"{name}, {state}"].append(run(folder, options, name, state == "cold", get_memory))
+                    runs[f"{name}, {state}"].append(run(folder, options, name, state == "cold"))
     rows = {}
     for name, of_rounds in runs.items():
         rows[name] = {

@@ -223,6 +223,29 @@ def test_what_was_brought_in_is_not_asked_for_again(mapped: DiskMap, monkeypatch
     assert len(asked) == 3
 
 
+@linux
+@pytest.mark.parametrize("has_blocks", [True, False])
+def test_what_will_be_read_comes_to_the_page_cache_in_blocks_if_possible(
+    has_blocks: bool, tmp_path: Path, save: Callable[..., str], now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"large": torch.randn(2 << 20), "small": torch.randn(1000)}
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", weights))
+    brought: list[int] = []
+    asked: list[int] = []
+    own = _mapping.bring_in
+    monkeypatch.setattr(_prefetch, "_is_cached", lambda entry: False)
+    monkeypatch.setattr(
+        _mapping, "bring_in", lambda *given: (brought.append(given[3] - given[2]), own(*given))[1]
+    )
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append(length))
+    monkeypatch.setattr(_mapping.blocks, "are_read", lambda memory: has_blocks)
+    disk_map.prefetch(weights)
+    assert brought == ([8 << 20] if has_blocks else [])
+    assert sum(asked) == 4000 + (0 if has_blocks else 8 << 20)
+    for name, tensor in weights.items():
+        assert_same(disk_map[name], tensor)
+
+
 def test_a_map_of_views_needs_no_other_threads(mapped: DiskMap) -> None:
     assert mapped.with_threads(1) is mapped
 

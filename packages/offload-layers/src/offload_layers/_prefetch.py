@@ -1,9 +1,10 @@
 """Fetching the weights of the layers that come next while this one computes.
 
 Each thread that runs the model has a queue of fetches ahead of it: at most two of the largest layers, and no
-more than the budget of the compute device allows. The queue is filled again when half of it is used up, so
-that the reader wakes rarely. What was fetched is used only if the layer's weights are still the ones that
-were there when the fetch began.
+more than the budget of the compute device allows. Where a source can bring weights closer by itself, and the
+device computes on the same cores, it is told of more than that, and nothing is fetched. The queue is filled
+again when half of it is used up, so that the reader wakes rarely. What was fetched is used only if the
+layer's weights are still the ones that were there when the fetch began.
 """
 
 import threading
@@ -28,6 +29,9 @@ MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Fingerprint]]]
 
 #: of the largest layer: how much is fetched ahead
 LARGEST_AHEAD = 2
+#: bytes that a source is told of beforehand, at least. They come to the page cache, which gives them up when
+#: the system needs memory; so the disk can go on while layers compute that need none of it
+ASKED_AHEAD = 512 << 20
 
 
 class Fetchable(Protocol):
@@ -178,7 +182,8 @@ class Prefetcher:
     def start_after(self, layer: Fetchable) -> None:
         """Order fetches for the layers that follow *layer*, as far as the bound allows."""
         queue = self._queue()
-        if 2 * queue.nbytes > self.window:
+        window = max(self.window, ASKED_AHEAD) if layer.only_asks_ahead else self.window
+        if 2 * queue.nbytes > window:
             return
         with self._lock:
             start = queue.end if queue.ordered and queue.end is not None else self._order.place
@@ -186,7 +191,7 @@ class Prefetcher:
             while (found := self._order.following(place)) is not None:
                 following, place = found
                 nbytes = following.staging_nbytes
-                if queue.ordered and queue.nbytes + nbytes > self.window:
+                if queue.ordered and queue.nbytes + nbytes > window:
                     break
                 steps += 1
                 if place == start or steps > self._order.count:  # all the way round

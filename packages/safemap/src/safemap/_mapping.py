@@ -26,6 +26,7 @@ from safemap._madvise import NORESERVE
 from safemap._pages import bring_in, let_go
 
 _Place = tuple[File, int]  # the offset
+_LEAST_BLOCKS = 4 << 20  # bytes: of a tensor that is shorter, most blocks would hold neighbours
 
 
 def renewal_elements(explicit: int | None) -> int:
@@ -131,6 +132,21 @@ class Mappings:
                 self._maps = {}
                 self._brought_in = set()
         return memory
+
+
+def bring_into_cache(entry: Entry) -> bool:
+    """Read a tensor into the page cache in blocks; see Note [Blocks] in ``_blocks``.
+
+    Returns:
+        False if the system cannot do that, or the tensor is too small for it.
+    """
+    file, layout, offset = entry
+    if layout.nbytes < _LEAST_BLOCKS:
+        return False
+    descriptor = file.open()
+    file.check_unchanged(descriptor)
+    memory = _map(file, descriptor)
+    return blocks.are_read(memory) and bring_in(memory, descriptor.fd, offset, offset + layout.nbytes)
 
 
 def _can_view(layout: Layout, dtype: torch.dtype, offset: int) -> bool:

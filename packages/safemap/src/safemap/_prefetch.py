@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from safemap._errors import SafemapError
 from safemap._layout import Entry
-from safemap._mapping import Mappings
+from safemap._mapping import Mappings, bring_into_cache
 from safemap._parallel import one_by_one
 from safemap._readahead import CAN_ASK, ask_for, is_cached
 
@@ -22,7 +22,8 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
     def bring_in() -> None:
         with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
             for entry in read:
-                _ask(entry)
+                if not _is_cached(entry) and not bring_into_cache(entry):
+                    _ask(entry)
             for entry in mapped:
                 if mappings is not None and mappings.expects(entry) and not mappings.bring_in(entry):
                     _ask(entry)
