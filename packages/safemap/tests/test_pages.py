@@ -233,7 +233,10 @@ def test_what_will_be_read_comes_to_the_page_cache_in_blocks_if_possible(
     brought: list[int] = []
     asked: list[int] = []
     own = _mapping.bring_in
-    monkeypatch.setattr(_prefetch, "_is_cached", lambda entry: False)
+    looked_at: list[object] = []  # a look makes the kernel read the page that is looked at
+    monkeypatch.setattr(
+        _prefetch, "_is_cached", lambda entry: entry in looked_at or bool(looked_at.append(entry))
+    )
     monkeypatch.setattr(
         _mapping, "bring_in", lambda *given: (brought.append(given[3] - given[2]), own(*given))[1]
     )

@@ -21,8 +21,8 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
 
     def bring_in() -> None:
         with contextlib.suppress(SafemapError, OSError):  # a hint; reading will tell what is wrong
-            for entry in read:
-                if not _is_cached(entry) and not bring_into_cache(entry):
+            for entry in read:  # looking again would find what the first look has made the kernel read
+                if not bring_into_cache(entry):
                     _ask(entry)
             for entry in mapped:
                 if mappings is not None and mappings.expects(entry) and not mappings.bring_in(entry):
