@@ -249,6 +249,22 @@ def test_what_will_be_read_comes_to_the_page_cache_in_blocks_if_possible(
         assert_same(disk_map[name], tensor)
 
 
+@linux
+def test_where_files_cannot_be_mapped_they_are_asked_for(
+    tmp_path: Path, save: Callable[..., str], now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no such device")
+
+    disk_map = DiskMap(save(tmp_path / "m.safetensors", {"large": torch.zeros(2 << 20)}))
+    asked: list[int] = []
+    monkeypatch.setattr(_prefetch, "_is_cached", lambda entry: False)
+    monkeypatch.setattr(_mapping, "_map", refuse)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append(length))
+    disk_map.prefetch(["large"])
+    assert sum(asked) == 8 << 20
+
+
 def test_a_map_of_views_needs_no_other_threads(mapped: DiskMap) -> None:
     assert mapped.with_threads(1) is mapped
 

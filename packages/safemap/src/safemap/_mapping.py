@@ -145,7 +145,10 @@ def bring_into_cache(entry: Entry) -> bool:
         return False
     descriptor = file.open()
     file.check_unchanged(descriptor)
-    memory = _map(file, descriptor)
+    try:
+        memory = _map(file, descriptor)
+    except OSError:  # this file system has no mappings
+        return False
     return blocks.are_read(memory) and bring_in(memory, descriptor.fd, offset, offset + layout.nbytes)
 
 
