@@ -1,15 +1,13 @@
 """How well does a plan predict what a forward takes, in seconds and in memory?
 
 ``python prediction.py`` makes a checkpoint, plans a forward on given inputs, runs it within the same memory
-on the CPU, and puts fact beside prediction. What is predicted from headers and a number of rows alone is put
-beside both. All is predicted before and after the forwards, since machines change their speed: what a
-prediction errs by is then seen beside what the machine itself has changed by. Needs diffusers, safemap and
-skipinit.
+on the CPU, and puts fact beside prediction, as the medians of several of each that take turns, since machines
+change their speed. What is predicted from headers and a number of rows alone is put beside both. Needs
+diffusers, safemap and skipinit.
 """
 
 import argparse
 import datetime
-import gc
 import json
 import os
 import platform
@@ -18,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from offload_layers._budget import budget_of
 from owned_memory import owned_memory, use_free_memory
 from safemap import DiskMap
 
-LINE = "{:>8} {:>9} {:>11} {:>8} {:>9} {:>7} {:>7} {:>8} {:>12} {:>9} {:>7}"
+LINE = "{:>8} {:>9} {:>11} {:>9} {:>7} {:>8} {:>12} {:>9} {:>7}"
 SHARES = (1.1, 0.5, 0.1)  # of the model's bytes
 
 
@@ -50,54 +49,54 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     ram = int(share * nbytes)
     side, text = TOKENS[tokens]
 
-    def predict(**how: Any) -> float:
-        use_free_memory()
-        predicted = planned(**how).predict()
-        assert predicted is not None
-        return predicted.total_s
-
     def planned(**how: Any) -> Plan:
+        use_free_memory()
         if "rows" in how:
             return plan(files(folder), device="cpu", ram=ram, **how)
         return plan(skeleton(), device="cpu", ram=ram, source=DiskMap(files(folder)), **how)
 
     model = skeleton()
     arguments = inputs(model, tokens)
-    by_rows_s = predict(rows=side * side + text)
-    use_free_memory()
     first = planned(inputs=arguments)
+    predictions, by_rows, taken = [first], [], []
     before = memory()["RssAnon"]
+    peak = 0
     handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
-    taken = []
-    with PeakOfAnonymous() as sampled:
-        for number in range(rounds + 2):
-            forget(folder)  # the plan is for weights that come from the disk
-            use_free_memory()
+    for number in range(rounds + 2):
+        forget(folder)  # the plan is for weights that come from the disk
+        use_free_memory()
+        with PeakOfAnonymous() as sampled:
             start = time.perf_counter()
             handle(**arguments)
-            if number >= 2:  # the order is learned, and who stays is chosen
-                taken.append(time.perf_counter() - start)
-    lent = budget_of(torch.device("cpu")).statistics().peak_nbytes
-    seconds = statistics.median(taken)
-    del handle, model
-    gc.collect()
-    predicted = first.predict()
-    assert predicted is not None
+            seconds = time.perf_counter() - start
+        peak = max(peak, sampled.peak)
+        if number >= 2:  # the order is learned, and who stays is chosen
+            taken.append(seconds)
+            predictions.append(planned(inputs=arguments))
+            by_rows.append(planned(rows=side * side + text))
     return {
         "ram_nbytes": ram,
         "tokens": tokens,
-        "predicted_s": predicted.total_s,
-        "predicted_after_s": predict(inputs=arguments),
-        "predicted_by_rows_s": by_rows_s,
-        "forward_s": seconds,
+        "predicted_s": _median_s(predictions),
+        "predictions_s": sorted(_seconds(predictions)),
+        "predicted_by_rows_s": _median_s(by_rows),
+        "forward_s": statistics.median(taken),
         "forwards_s": sorted(taken),
         "predicted_peak_nbytes": first.peak_device_nbytes,
-        "peak_nbytes": lent,
-        "peak_anonymous_nbytes": sampled.peak - before,
-        "rates": first.to_dict()["rates"],
-        "prediction": first.to_dict()["prediction"],
+        "peak_nbytes": budget_of(torch.device("cpu")).statistics().peak_nbytes,
+        "peak_anonymous_nbytes": peak - before,
+        "rates": [prediction.to_dict()["rates"] for prediction in predictions],
+        "prediction": [prediction.to_dict()["prediction"] for prediction in predictions],
         "predicted_activations_nbytes": first.to_dict()["activations_nbytes"],
     }
+
+
+def _seconds(plans: Sequence[Plan]) -> list[float]:
+    return [prediction.total_s for made in plans if (prediction := made.predict()) is not None]
+
+
+def _median_s(plans: Sequence[Plan]) -> float:
+    return statistics.median(_seconds(plans))
 
 
 def seconds_to_plan(folder: Path) -> dict[str, float]:
@@ -134,7 +133,9 @@ def seconds_to_plan(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: temporary)")
-    parser.add_argument("--rounds", type=int, default=5, help="forwards (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="forwards, and predictions (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
     parser.add_argument("--tokens", nargs="+", default=list(TOKENS), choices=TOKENS)
@@ -158,10 +159,8 @@ def main() -> None:
                 "tokens",
                 "ram MB",
                 "predicted s",
-                "after s",
                 "forward s",
                 "error",
-                "mean's",
                 "by rows",
                 "predicted MB",
                 "peak MB",
@@ -180,10 +179,8 @@ def main() -> None:
                 cells = (
                     f"{row['ram_nbytes'] / 1e6:.0f}",
                     f"{row['predicted_s']:.3f}",
-                    f"{row['predicted_after_s']:.3f}",
                     f"{row['forward_s']:.3f}",
                     f"{row['predicted_s'] / row['forward_s'] - 1:+.0%}",
-                    f"{(row['predicted_s'] * row['predicted_after_s']) ** 0.5 / row['forward_s'] - 1:+.0%}",
                     f"{row['predicted_by_rows_s'] / row['forward_s'] - 1:+.0%}",
                     f"{row['predicted_peak_nbytes'] / 1e6:.0f}",
                     f"{row['peak_nbytes'] / 1e6:.0f}",

@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import itertools
 import logging
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,13 +139,64 @@ class TestDisk:
         probe_disk(file, seconds=100)  # each piece once, and no more
         assert sorted(starts[3:]) == [index << 16 for index in range(5)]
 
-    @needs_nowait
-    def test_what_was_dropped_counts(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        cached = iter([True, False, True, False, True])
+    @pytest.mark.parametrize("came_in_blocks", [True, False])
+    def test_what_was_dropped_counts(
+        self, file: str, came_in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cached, bringing_in = iter([True, False, True, False, True]), iter([1, 8, 1, 8, 1])
+        now = 0.0
+
+        def bring_in(fd: int, start: int, stop: int) -> bool:
+            nonlocal now
+            now += next(bringing_in)
+            return came_in_blocks
+
+        def read(opened: object, start: int, buffer: object) -> None:
+            nonlocal now
+            now += 2
+
         monkeypatch.setattr(_probe_disk, "_is_cached", lambda fd, position: next(cached))
-        now = iter([0.0, *(t for took in (1, 8, 1, 8, 1) for t in (0.0, float(took)))])
-        monkeypatch.setattr(_probe_disk.time, "perf_counter", lambda: next(now))
-        assert probe_disk(file, seconds=100)[:2] == ((1 << 16) / 8, False)
+        monkeypatch.setattr(_probe_disk, "_bring_in", bring_in)
+        monkeypatch.setattr(_probe_disk, "_read", read)
+        monkeypatch.setattr(_probe_disk.time, "perf_counter", lambda: now)
+        took = 8 if came_in_blocks else 8 + 2  # what was only asked for comes while it is read
+        assert probe_disk(file, seconds=100)[:2] == ((1 << 16) / took, False)
+
+    @pytest.mark.parametrize("lacks", ["madvise", "reading", "blocks"])
+    def test_where_nothing_comes_in_blocks_it_is_asked_for(
+        self, file: str, lacks: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            pytest.skip("no hints here")
+        if lacks == "madvise":
+            monkeypatch.delattr(_probe_disk.mmap, "MADV_HUGEPAGE", raising=False)
+        elif lacks == "reading":
+            monkeypatch.setattr(_probe_disk, "_POPULATE_READ", 12345)
+        else:
+            faults = itertools.count(0, 16)  # 16 pages of a kernel that reads one by one
+
+            def getrusage(who: int) -> object:
+                return SimpleNamespace(ru_majflt=next(faults))
+
+            monkeypatch.setattr(_probe_disk.resource, "getrusage", getrusage)
+        asked = []
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, *asked_for: asked.append(asked_for))
+        with open(file, "rb") as opened:
+            assert not _probe_disk._bring_in(opened.fileno(), 0, 300_000)
+        assert [start for start, _, advice in asked if advice == os.POSIX_FADV_WILLNEED] == [
+            0,
+            1 << 17,
+            1 << 18,
+        ]
+
+    @needs_nowait
+    def test_what_comes_in_blocks_is_there(self, file: str) -> None:
+        with open(file, "rb") as opened:
+            fd = opened.fileno()
+            _probe_disk._drop(fd, 0, os.path.getsize(file))
+            if not _probe_disk._bring_in(fd, 1 << 16, 3 << 16):
+                pytest.skip("this kernel or file system has no blocks")
+            assert all(_probe_disk._is_cached(fd, position) for position in range(1 << 16, 3 << 16, 4096))
 
     @needs_nowait
     def test_whether_it_is_cached_is_asked(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
