@@ -16,6 +16,7 @@ class Layer:
         self.name = name
         self.computation_nbytes = nbytes
         self.beside_nbytes = 0
+        self.last_called = 0
         self.busy = False
         self.lease: Lease | None = None
         budget.register(self)
@@ -27,7 +28,7 @@ class Layer:
         self.lease = None
         return True
 
-    def yield_ahead_to(self, other: Borrower) -> None:
+    def yield_ahead_to(self, other: Borrower, *, waits: bool = True) -> None:
         """Nothing is fetched ahead for this layer."""
 
 

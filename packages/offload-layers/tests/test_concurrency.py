@@ -1,11 +1,14 @@
 """Threads, nested calls, generators and the end of the interpreter."""
 
+import functools
 import gc
+import random
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
 from offload_layers._budget import Budget
 from offload_layers._device import HostDevice, replaced
-from offload_layers._placement import Placement
+from offload_layers._placement import GIB, Placement
 from offload_layers._schedule import Schedule
 from offload_layers._transfer import convert
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
@@ -26,6 +29,7 @@ DISK: dict[str, Any] = {
     "computation_dtype": torch.float32,
     "computation_device": "cpu",
 }
+PREPARING: dict[str, Any] = DISK | {"preparing_dtype": torch.float32, "preparing_device": "cpu"}
 X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
@@ -107,31 +111,67 @@ def stack() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
 
 
+def in_threads(*runs: Callable[[], None]) -> list[Exception]:
+    """Run all at once, and return what was raised."""
+    raised: list[Exception] = []
+
+    def without_gradients(run: Callable[[], None]) -> None:
+        try:
+            with torch.no_grad():
+                run()
+        except Exception as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=without_gradients, args=(run,), daemon=True) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return raised
+
+
 @pytest.mark.parametrize("limit", [None, 0, 1e-6])
 def test_many_threads_in_one_model(limit: float | None) -> None:
     model = enable_vram_management(
         stack(), {nn.Linear: AutoWrappedLinear}, DISK, limit, CountingSource(stack().state_dict())
     )
     expected = stack()(X)
-    wrong: list[object] = []
 
     def run() -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(20):
-                    if not torch.equal(model(X), expected):
-                        wrong.append("another result")
-        except Exception as error:
-            wrong.append(error)
+        for _ in range(20):
+            assert torch.equal(model(X), expected)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert in_threads(*[run] * 4) == []
     model[0].offload()
     assert_invariants(model)
+
+
+@pytest.mark.parametrize("config", [DISK, PREPARING], ids=["ahead", "residents"])
+def test_models_in_threads_make_room_for_each_other(config: dict[str, Any]) -> None:
+    room, budget, expected = 8 * (WIDTH * WIDTH + WIDTH) * 4, Budget(torch.device("cpu")), stack()(X)
+
+    def run(model: Any, pauses: random.Random) -> None:
+        for _ in range(60):
+            assert torch.equal(model(X), expected)
+            time.sleep(pauses.choice([0, 0, 0, 0.01]))
+        for layer in model:
+            layer.offload()
+        assert_invariants(model)
+
+    models = []
+    for _ in range(3):
+        source = CountingSource(stack().state_dict())
+        models.append(
+            enable_vram_management(stack(), {nn.Linear: AutoWrappedLinear}, config, room / GIB, source)
+        )
+        for residency in residencies(models[-1]):
+            residency.own_budget = budget
+            budget.register(residency)
+    runs = [functools.partial(run, model, random.Random(seed)) for seed, model in enumerate(models)]
+    assert in_threads(*runs) == []
+    gc.collect()
+    assert budget.statistics().lent_nbytes == 0
 
 
 def test_a_thread_that_ends_leaves_nothing_borrowed() -> None:

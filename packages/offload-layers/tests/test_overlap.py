@@ -68,11 +68,12 @@ def managed(
     limit: float | None,
     also: int = 0,
     source: CountingSource | None = None,
+    budget: Budget | None = None,
 ) -> Any:
     model = plain(device, seconds, also)
     source = source or CountingSource(model.state_dict())
     enable_vram_management(model, {Layer: AutoWrappedModule}, config, limit, source)
-    budget = Budget(torch.device("cpu"))  # that no other model of this process shares
+    budget = budget or Budget(torch.device("cpu"))  # that no other model of this process shares
     for layer in model:
         layer._owner().own_budget = budget
         budget.register(layer._owner())
@@ -224,6 +225,67 @@ def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) 
     for _ in range(2):
         assert torch.equal(model(X), expected(seconds))
     assert device.peak_nbytes <= LAYERS * NBYTES + 2 * NBYTES
+
+
+def two(device: FakeDevice, config: dict[str, Any], layers: int) -> tuple[Any, Any]:
+    """Return two models that share the room for so many layers."""
+    budget, limit, seconds = Budget(torch.device("cpu")), limit_for(layers * NBYTES), [COPY_S] * LAYERS
+    first, second = (managed(device, seconds, config, limit, budget=budget) for _ in range(2))
+    return first, second
+
+
+def resident(model: Any) -> list[bool]:
+    return [layer._owner().resident for layer in model]
+
+
+def test_a_model_whose_turn_is_over_does_not_keep_another_one_from_fetching_ahead(device: FakeDevice) -> None:
+    first, second = two(device, DISK, 3)
+    for model in (first, second):
+        for _ in range(3):
+            model(X)
+        assert seconds_of_a_forward(device, model) < 1.15 * LAYERS * COPY_S
+    assert device.peak_nbytes <= 3 * NBYTES
+
+
+def test_residents_of_a_model_whose_turn_is_over_leave(device: FakeDevice) -> None:
+    first, second = two(device, PREPARING, 8)
+    for _ in range(3):
+        first(X)
+    stayed = sum(resident(first))
+    assert stayed
+    second(X)
+    assert sum(resident(first)) == stayed  # it may be a turn of one forward
+    for _ in range(2):
+        second(X)
+    assert sum(resident(second)) == stayed
+    assert not any(resident(first))
+    assert torch.equal(first(X), expected([COPY_S] * LAYERS))
+    assert device.peak_nbytes <= 8 * NBYTES
+
+
+def test_models_that_take_turns_in_each_step_keep_what_they_have(device: FakeDevice) -> None:
+    first, second = two(device, PREPARING, 8)
+    for _ in range(2):
+        first(X)
+    stayed = resident(first)
+    for _ in range(4):
+        second(X)
+        first(X)
+    assert resident(first) == stayed
+
+
+def test_idle_models_leave_no_more_than_is_needed(device: FakeDevice) -> None:
+    first, second = two(device, PREPARING, LAYERS + LAYERS // 2 + 6)
+    for _ in range(3):
+        first(X)
+    assert all(resident(first))
+    for layer in list(second)[LAYERS // 2 :]:
+        layer.offload()
+    half = second[: LAYERS // 2]
+    for _ in range(3):
+        half(X)
+    assert all(resident(half))
+    assert any(resident(first))
 
 
 def test_memory_that_is_too_small_for_one_layer() -> None:

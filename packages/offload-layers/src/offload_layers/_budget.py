@@ -52,14 +52,21 @@ class Borrower(Protocol):
     computation_nbytes: int  # what the layer needs on the device while it computes
 
     @property
+    def last_called(self) -> int:
+        """When a layer of its model was called last, by a clock that counts such calls in this process."""
+
+    @property
     def beside_nbytes(self) -> int:
         """What computations of its model were seen to take of the device beside what was lent."""
 
     def try_demote(self) -> bool:
         """Leave the device now if that is possible without waiting; say whether it was done."""
 
-    def yield_ahead_to(self, other: "Borrower") -> None:
-        """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
+    def yield_ahead_to(self, other: "Borrower", *, waits: bool = True) -> None:
+        """Drop what was fetched ahead for this layer's model, unless that is the model of *other*.
+
+        With *waits* also what is being fetched now, once it is there.
+        """
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,29 @@ class Budget:
             if limit is not None and self._lent + max(self._foreign(), beside) + nbytes > limit:
                 return None
             return self._lend(borrower, nbytes, is_resident=False)
+
+    def displace_idle(self, borrower: Borrower, nbytes: int, *, limit: int, since: int) -> bool:
+        """Make models that were not called *since* give room to *borrower*'s, which lacks *nbytes*.
+
+        Who was called longest ago goes first. Nobody is waited for.
+
+        Returns:
+            Whether anything was given back.
+        """
+        most = limit - nbytes - borrower.beside_nbytes
+        with self._lock:
+            self._collect()
+            before = self._lent
+            loans = [(entry.borrower(), entry.is_resident) for entry in self._entries.values()]
+        idle = [(other, stays) for other, stays in loans if other is not None and other.last_called < since]
+        for other, is_resident in sorted(idle, key=lambda loan: loan[0].last_called):
+            if self._lent <= most:
+                break
+            if is_resident:
+                other.try_demote()
+            else:
+                other.yield_ahead_to(borrower, waits=False)
+        return self._lent < before
 
     def keep_under(self, limit: int, borrower: Borrower) -> None:
         """Make residents leave until *limit* holds with what was learned of *borrower*'s computations."""

@@ -209,12 +209,22 @@ class Prefetcher:
                 queue.add(ahead)
                 queue.end = place
 
-    def forget(self) -> None:
-        """Drop everything that was fetched ahead, also what is being fetched now."""
-        with self._lock:
+    def forget(self, *, waits: bool = True) -> None:
+        """Drop everything that was fetched ahead.
+
+        Args:
+            waits: For what is being fetched now, and for other threads. Two models that make each other
+                forget from within a fetch would wait for ever.
+        """
+        if not self._lock.acquire(blocking=waits):
+            return  # it is not idle
+        try:
             for queue in list(self._queues):
                 queue.clear()
-        self._reader.finish_running()
+        finally:
+            self._lock.release()
+        if waits:
+            self._reader.finish_running()
 
     def ahead_nbytes(self) -> int:
         """Return the bytes that are borrowed for what is ahead of this thread."""

@@ -140,7 +140,10 @@ class Residency(Resting):
 
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
-        return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        if lease is None and self.schedule is not None and self.schedule.displaces_idle(self):
+            lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        return lease
 
     def at_rest(self) -> MadeFrom:
         """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""

@@ -4,6 +4,7 @@ What the model holds is always what the state says. A layer whose weights rest i
 is *resident*: reading them and calling it cost nothing more than on a plain layer.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,11 @@ class Resting:
         return 0 if self.schedule is None else self.schedule.beside.nbytes
 
     @property
+    def last_called(self) -> int:
+        """When a layer of this model was called last."""
+        return sys.maxsize if self.schedule is None else self.schedule.last_called
+
+    @property
     def _device(self) -> Device:
         return device_of(self.policy.computation.device)
 
@@ -189,10 +195,10 @@ class Resting:
         finally:
             self._lock.release()
 
-    def yield_ahead_to(self, other: Borrower) -> None:
+    def yield_ahead_to(self, other: Borrower, *, waits: bool = True) -> None:
         """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
         if self.schedule is not None and self.schedule is not getattr(other, "schedule", None):
-            self.schedule.forget()
+            self.schedule.forget(waits=waits)
 
     def climb_to(self, state: State) -> None:
         """Go up to *state* through the states between; PREPARING only if it fits."""
@@ -424,6 +430,10 @@ class Resting:
         lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
         if lease is not None or self.schedule is None:
             return lease
+        if self.schedule.displaces_idle(self):
+            lease = self.budget.try_borrow(self, nbytes, limit=self.limit)
+            if lease is not None:
+                return lease
         for other in self.schedule.refused(self):
             if other.try_demote():
                 lease = self.budget.try_borrow(self, nbytes, limit=self.limit)

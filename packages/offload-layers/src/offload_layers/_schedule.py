@@ -1,5 +1,6 @@
 """What the layers of one model know of each other: their order, who is fetched next, and who should stay."""
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,13 @@ KEPT_SHARE = 1 / 256
 KEPT_NBYTES = 32 << 20  # but no more than that
 
 
+_CLOCK = itertools.count(1)  # counts calls of layers in this process
+
+
 class Staying(Borrower, Protocol):
     """A layer that may stay on the device."""
 
+    resident: bool
     limit: int | None
     preparing_nbytes: int  # what the layer takes when it stays
 
@@ -47,6 +52,10 @@ class Schedule:
 
     Args:
         beside_nbytes: What computations will take of the device beside weights, as far as that is known.
+
+    Attributes:
+        last_called: When a layer was called last, by a clock that counts such calls in this process. Layers
+            that are resident are called without a question.
     """
 
     def __init__(self, beside_nbytes: int = 0) -> None:
@@ -58,6 +67,10 @@ class Schedule:
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
         self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
+        self.last_called = 0
+        self._called: dict[weakref.ref[Scheduled], int] = {}  # when each layer was called last
+        self._round_began = 0  # when the layer that is called now was called the last time
+        self._displaced = 0  # when models that are idle were asked to leave
         self._is_complete = False  # no layer was new since one was called again
         self._chosen: frozenset[weakref.ref[Scheduled]] | None = None
         self._chosen_for: tuple[int, int] = (-1, -1)
@@ -74,6 +87,8 @@ class Schedule:
         self._order.saw(layer)
         self._is_complete = reference in self._work
         self._work[reference] = work
+        self._round_began = self._called.get(reference, 0)
+        self.last_called = self._called[reference] = next(_CLOCK)
 
     def take(self, layer: Scheduled) -> Fetched | None:
         """Return what was fetched ahead for *layer*, or None."""
@@ -83,9 +98,9 @@ class Schedule:
         """Begin to fetch for the layers that follow *layer*."""
         self.prefetcher.start_after(layer)
 
-    def forget(self) -> None:
-        """Drop everything that was fetched ahead, also what is being fetched now."""
-        self.prefetcher.forget()
+    def forget(self, *, waits: bool = True) -> None:
+        """Drop everything that was fetched ahead, with *waits* also what is being fetched now."""
+        self.prefetcher.forget(waits=waits)
 
     def source_for_reader(self, source: Source | None) -> Source | None:
         """Return *source* as the reader thread should use it, one object for all layers that share it."""
@@ -147,6 +162,22 @@ class Schedule:
         for other in self._layers():
             if weakref.ref(other) not in self._chosen:
                 yield other
+
+    def displaces_idle(self, layer: Staying) -> bool:
+        """Have models leave that were not called in the last round of this one, for which there is no room.
+
+        They are asked once a round, a round being the time between two calls of a layer.
+
+        Returns:
+            Whether there is more room now.
+        """
+        since = self._round_began
+        if layer.limit is None or since <= self._displaced:
+            return False
+        self._displaced = self.last_called
+        lacking = sum(other.preparing_nbytes for other in self.called() if not other.resident)
+        nbytes = lacking + self.prefetcher.window
+        return layer.budget.displace_idle(layer, nbytes, limit=layer.limit, since=since)
 
     def _choose(self, room: int) -> None:
         layers = list(self._layers())
