@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from offload_layers import _device
 from offload_layers._device import Accelerator
 
 
@@ -124,3 +125,83 @@ def test_memory_is_kept_for_the_stream_that_computes(accelerator: Accelerator) -
 def test_the_host_waits_for_all_streams(accelerator: Accelerator) -> None:
     accelerator.synchronize()
     assert FakeModule.synchronized == 1
+
+
+class FakeMemoryModule(FakeModule):
+    """As ``torch.cuda``: torch holds 300 of 1,000 bytes and uses 200 of them, others have taken 50."""
+
+    asked = 0
+    available = True
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return cls.available
+
+    @classmethod
+    def mem_get_info(cls, device: torch.device) -> tuple[int, int]:
+        cls.asked += 1
+        return 1000 - 300 - 50, 1000
+
+    @staticmethod
+    def memory_allocated(device: torch.device) -> int:
+        return 200
+
+    @staticmethod
+    def max_memory_allocated(device: torch.device) -> int:
+        return 250
+
+    @staticmethod
+    def memory_reserved(device: torch.device) -> int:
+        return 300
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass
+
+
+class NestedMemoryModule(FakeMemoryModule):
+    """One that tells everything at once, as ``torch.cuda`` and ``torch.xpu`` do."""
+
+    is_used = True
+
+    @classmethod
+    def memory_stats_as_nested_dict(cls, device: torch.device) -> dict[str, Any]:
+        if not cls.is_used:
+            return {}
+        return {
+            "allocated_bytes": {"all": {"current": 200, "peak": 250}},
+            "reserved_bytes": {"all": {"current": 300, "peak": 300}},
+        }
+
+    memory_allocated = max_memory_allocated = memory_reserved = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("module", [FakeMemoryModule, NestedMemoryModule])
+def test_what_is_in_use(module: Any, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_module", module)
+    monkeypatch.setattr(module, "asked", 0)
+    now = 0.0
+    monkeypatch.setattr(_device.time, "monotonic", lambda: now)
+    for now in (100.0, 100.0 + _device._DRIVER_S / 2):  # noqa: B007 - monotonic reads it
+        assert accelerator.in_use() == (50 + 200, 50 + 250)
+        assert module.asked == 1
+    accelerator.release_cached()
+    assert accelerator.in_use() == (50 + 200, 50 + 250)
+    assert module.asked == 2
+    now += _device._DRIVER_S
+    accelerator.in_use()
+    assert module.asked == 3
+
+
+def test_a_device_that_was_not_used_yet(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_module", NestedMemoryModule)
+    monkeypatch.setattr(NestedMemoryModule, "is_used", False)
+    assert accelerator.in_use() == (350, 350)
+
+
+def test_a_device_that_does_not_tell(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeModule, "is_available", lambda: True, raising=False)
+    assert accelerator.in_use() is None
+    monkeypatch.setattr(accelerator, "_module", FakeMemoryModule)
+    monkeypatch.setattr(FakeMemoryModule, "available", False)
+    assert accelerator.in_use() is None

@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from offload_layers._device import OutOfMemory, device_of
+from offload_layers._device import InUse, OutOfMemory, device_of
 from offload_layers._errors import BudgetError, BudgetExceededError
 
 _log = logging.getLogger("offload_layers.budget")
@@ -35,11 +35,8 @@ IN_FLIGHT = 2
 class Memory(Protocol):
     """What a budget wants to know of its device, apart from its own books."""
 
-    def in_use(self) -> int | None:
-        """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
-
-    def peak_in_use(self) -> int | None:
-        """Return the most bytes that were in use at once, up to now; None where the device cannot tell."""
+    def in_use(self) -> InUse | None:
+        """Return what is taken of the device, by anyone; None where the device cannot tell."""
 
     def release_cached(self) -> None:
         """Give memory that is only cached back to the device."""
@@ -230,8 +227,8 @@ class Budget:
         """Return what the device says now; all zero where it cannot tell."""
         with self._lock:
             self._collect()
-            nbytes, peak = self._memory.in_use(), self._memory.peak_in_use()
-            return Usage(nbytes or 0, peak or 0, self._lent)
+            in_use = self._memory.in_use() or InUse(0, 0)
+            return Usage(in_use.nbytes, in_use.peak_nbytes, self._lent)
 
     def room(self, borrowers: Sequence[Borrower], *, limit: int) -> int:
         """Return the bytes in which *borrowers* may stay, all together."""
@@ -344,7 +341,7 @@ class Budget:
     def _foreign(self) -> int:
         """Return the bytes of the device that are taken, but not by what this budget has lent."""
         in_use = self._memory.in_use()
-        return 0 if in_use is None else max(0, in_use - self._lent)
+        return 0 if in_use is None else max(0, in_use.nbytes - self._lent)
 
     def _lend(self, borrower: Borrower, nbytes: int, *, is_resident: bool) -> Lease:
         key = next(self._keys)

@@ -21,9 +21,10 @@ Note [Any stream may compute]
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,29 @@ from offload_layers._pinned import PinnedRing, PinnedSlabs
 OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 Mark = Any
+
+#: for so long the driver is not asked again what others have taken: a question costs as much as a small layer
+_DRIVER_S = 0.05
+
+
+class InUse(NamedTuple):
+    """What is taken of a device's memory.
+
+    Attributes:
+        nbytes: Now.
+        peak_nbytes: At most up to now.
+    """
+
+    nbytes: int
+    peak_nbytes: int
+
+
+class _ByTorch(NamedTuple):
+    """Bytes of torch's caching allocator: of tensors now and at most, and with what is only cached."""
+
+    allocated: int
+    peak: int
+    reserved: int
 
 
 class Device(Protocol):
@@ -48,11 +72,8 @@ class Device(Protocol):
 
     overlaps: bool
 
-    def in_use(self) -> int | None:
-        """Bytes of the device that are taken, by anyone; None where the device cannot tell."""
-
-    def peak_in_use(self) -> int | None:
-        """Return the most bytes that were in use at once, up to now; None where the device cannot tell."""
+    def in_use(self) -> InUse | None:
+        """Return what is taken of the device, by anyone; None where the device cannot tell."""
 
     def release_cached(self) -> None:
         """Give memory that is only cached back to the device."""
@@ -101,12 +122,8 @@ class HostDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def in_use(self) -> int | None:
+    def in_use(self) -> InUse | None:
         """Return None: only what the budget has lent counts."""
-        return None
-
-    def peak_in_use(self) -> int | None:
-        """Return None likewise."""
         return None
 
     def release_cached(self) -> None:
@@ -162,27 +179,38 @@ class Accelerator:
         self._copies: Any = None  # the stream, made when it is first used
         self._making_copies = threading.Lock()
         self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
+        self._others_nbytes, self._ask_driver_at = 0, 0.0
         self._ring = PinnedRing(self._module, device)
         self._slabs = PinnedSlabs()
 
-    def in_use(self) -> int | None:
-        """Return the driver's count, less what torch holds in reserve and would use first."""
-        if not self._module.is_available() or not hasattr(self._module, "mem_get_info"):
-            return None
-        free, total = self._module.mem_get_info(self._device)
-        reserve = self._module.memory_reserved(self._device) - self._module.memory_allocated(self._device)
-        return int(total - free - reserve)
+    def in_use(self) -> InUse | None:
+        """Return what torch uses, and beside it what the driver counts as taken by others."""
+        now = time.monotonic()
+        if now >= self._ask_driver_at:
+            if not self._module.is_available() or not hasattr(self._module, "mem_get_info"):
+                return None
+            free, total = self._module.mem_get_info(self._device)
+            self._others_nbytes = int(total - free - self._by_torch().reserved)
+            self._ask_driver_at = now + _DRIVER_S
+        by_torch = self._by_torch()
+        return InUse(self._others_nbytes + by_torch.allocated, self._others_nbytes + by_torch.peak)
 
-    def peak_in_use(self) -> int | None:
-        """Return what is in use, were torch's own part of it as large as it was at most."""
-        in_use = self.in_use()
-        if in_use is None or not hasattr(self._module, "max_memory_allocated"):
-            return in_use
-        below = self._module.max_memory_allocated(self._device) - self._module.memory_allocated(self._device)
-        return in_use + int(below)
+    def _by_torch(self) -> "_ByTorch":
+        """Return what torch's caching allocator holds, in the fastest way: this is asked for each layer."""
+        module, device = self._module, self._device
+        if hasattr(module, "memory_stats_as_nested_dict"):
+            stats = module.memory_stats_as_nested_dict(device)
+            if not stats:  # the device was not used yet
+                return _ByTorch(0, 0, 0)
+            allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+            return _ByTorch(allocated["current"], allocated["peak"], reserved["current"])
+        now = module.memory_allocated(device)
+        peak = module.max_memory_allocated(device) if hasattr(module, "max_memory_allocated") else now
+        return _ByTorch(now, peak, module.memory_reserved(device))
 
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""
+        self._ask_driver_at = 0.0  # memory was short: what it said is old
         if self._module.is_available() and hasattr(self._module, "empty_cache"):
             self._module.empty_cache()
 

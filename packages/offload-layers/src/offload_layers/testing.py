@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Budget
-from offload_layers._device import OutOfMemory, replaced
+from offload_layers._device import InUse, OutOfMemory, replaced
 from offload_layers._layers import AutoTorchModule
 from offload_layers._residency import Residency
 
@@ -62,13 +62,9 @@ class FakeMemory:
         self.peak = peak
         self.released = 0
 
-    def in_use(self) -> int | None:
-        """Return ``taken``."""
-        return self.taken
-
-    def peak_in_use(self) -> int | None:
-        """Return ``peak``."""
-        return self.peak
+    def in_use(self) -> InUse | None:
+        """Return ``taken`` and ``peak``."""
+        return None if self.taken is None else InUse(self.taken, self.peak or self.taken)
 
     def release_cached(self) -> None:
         """Count the call."""
@@ -128,13 +124,9 @@ class FakeDevice:
         """When the computation will be done with what it was told."""
         return self._computing_s
 
-    def in_use(self) -> int:
-        """Return ``used_nbytes``."""
-        return self.used_nbytes
-
-    def peak_in_use(self) -> int:
-        """Return ``peak_nbytes``."""
-        return self.peak_nbytes
+    def in_use(self) -> InUse:
+        """Return ``used_nbytes`` and ``peak_nbytes``."""
+        return InUse(self.used_nbytes, self.peak_nbytes)
 
     def release_cached(self) -> None:
         """Do nothing: what is dropped is free at once."""
