@@ -232,7 +232,7 @@ class Residency(Resting):
 
     def _copy_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         device, placement = self._device, self.policy.computation
-        with device.aside():
+        with device.aside(), torch.inference_mode(False):  # others may compute with them later
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
 
