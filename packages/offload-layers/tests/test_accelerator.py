@@ -121,6 +121,9 @@ def test_memory_is_kept_for_the_stream_that_computes(accelerator: Accelerator) -
     assert tensor.streams == [FakeModule.current_stream(torch.device("cpu"))]
 
 
-def test_the_host_waits_for_all_streams(accelerator: Accelerator) -> None:
+def test_the_host_waits_for_all_streams(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.synchronize()
+    assert FakeModule.synchronized == 1
+    monkeypatch.setattr(FakeModule, "is_initialized", lambda: False, raising=False)
+    accelerator.synchronize()  # not even started
     assert FakeModule.synchronized == 1

@@ -17,7 +17,7 @@ Note [Any stream may compute]
     other or not: on a plain model they need not. So everyone who computes with a staged copy lets his stream
     wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
-    resident and before it ceases to be, which is rare.
+    resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
 """
 
 import threading
@@ -244,8 +244,9 @@ class Accelerator:
             tensor.record_stream(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
-        """Wait for all streams."""
-        if hasattr(self._module, "synchronize"):
+        """Wait for all streams; a device that was not used yet is not started for it."""
+        is_started = getattr(self._module, "is_initialized", lambda: True)()
+        if is_started and hasattr(self._module, "synchronize"):
             self._module.synchronize(self._device)
 
 

@@ -79,6 +79,8 @@ class Resting:
         self.holds_beside = False
         self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
+        if self._rests_on_device:
+            self._device.synchronize()  # see Note [Any stream may compute]
         self._expose_if_resident()
         self._register_with_budget()
         for weight in weights:
@@ -116,6 +118,12 @@ class Resting:
     @property
     def _device(self) -> Device:
         return device_of(self.policy.computation.device)
+
+    @property
+    def _rests_on_device(self) -> bool:
+        """Whether the device that computes has the weights at rest, be it in another dtype."""
+        there = self.policy.computation.device
+        return any(parameter.device == there for parameter in self._tiers.top)
 
     @property
     def leased_nbytes(self) -> int:
@@ -262,6 +270,7 @@ class Resting:
             self._tiers.rehome(parameters)
             if placement is not None:
                 self._move_buffers(placement.device)
+                device_of(placement.device).synchronize()  # see Note [Any stream may compute]
 
     def hold_beside(self, nbytes: int) -> None:
         """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
@@ -284,9 +293,11 @@ class Resting:
             state = self.state
             self._drop_to(State.OFFLOAD)
             self._hide()
+            self._device.synchronize()  # copies of these values may be under way
             try:
                 yield self._tiers.top
             finally:
+                self._device.synchronize()  # see Note [Any stream may compute]
                 self._expose_if_resident()
                 self.climb_to(state)
 

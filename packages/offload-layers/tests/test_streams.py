@@ -1,0 +1,449 @@
+"""Several streams: whether all that touches memory is ordered, found out without a GPU.
+
+A device is simulated whose work is done at once, in memory of the host, while it is noted what each stream
+is told to wait for. Two uses of the same bytes, of which one writes, must be ordered by that; so must uses of
+memory that Python has dropped, and whatever its stream is given next. What is not in order is a race.
+"""
+
+import copy
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from offload_layers import (
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    AutoWrappedNonRecurseModule,
+    _pinned,
+    disable_vram_management,
+    enable_vram_management,
+)
+from offload_layers._device import Accelerator, replaced
+from offload_layers.testing import CountingSource, residencies
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+raw = torch._C.DisableTorchFunctionSubclass
+plain_to, plain_empty, plain_class = Tensor.to, torch.empty, Tensor.as_subclass
+Clock = Counter  # of each stream, how much of its work comes before
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.before: Clock = Clock()
+        sim.streams.append(self)
+        self.name = f"stream {len(sim.streams)}"
+
+    def wait_event(self, event: "Event") -> None:
+        with sim.lock:
+            self.before |= event.before
+
+    def synchronize(self) -> None:
+        with sim.lock:
+            sim.host |= self.before
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Event:
+    def record(self, stream: Stream) -> None:
+        with sim.lock:
+            self.before = Clock(stream.before)
+
+    def synchronize(self) -> None:
+        with sim.lock:
+            sim.host |= self.before
+
+
+class Block:
+    """Memory, and who has used which bytes of it; that of the host has no stream."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+        self.recorded: set[Stream] = set()
+        self.uses: list[tuple[Stream, int, bool, range]] = []
+
+    def check(self, before: Clock, doing: str, *, writes: bool, where: range | None = None) -> None:
+        for stream, number, wrote, its in self.uses:
+            overlaps = where is None or (its.start < where.stop and where.start < its.stop)
+            if overlaps and (writes or wrote) and before[stream] < number:
+                sim.races.append(f"{doing} what {stream} {'writes' if wrote else 'reads'}")
+
+    def check_reuse(self, stream: Stream) -> None:
+        self.uses = [use for use in self.uses if use[0] not in self.recorded]
+        self.check(stream.before, f"{stream} may be given", writes=True)
+
+
+class Simulation:
+    """All streams and blocks; as much of ``torch.cuda`` as an `Accelerator` uses."""
+
+    Stream, Event = Stream, Event
+
+    def __init__(self) -> None:
+        self.races: list[str] = []
+        self.streams: list[Stream] = []
+        self.host: Clock = Clock()  # what somebody has waited for is over
+        self.blocks: dict[int, Block] = {}
+        self.freed: list[Block] = []
+        self.lock = threading.RLock()
+        self._current = threading.local()
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return getattr(self._current, "stream", self.streams[0])
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self._current.stream = self.current_stream(), stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    def synchronize(self, device: Any = None) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
+    def block(self, tensor: Tensor) -> Block | None:
+        with raw():
+            return self.blocks.get(tensor.untyped_storage()._cdata)
+
+    def allocate(self, tensor: Tensor, stream: Stream | None) -> None:
+        for block in self.freed:
+            if block.stream is stream is not None:
+                block.check_reuse(stream)
+        with raw():
+            storage = tensor.untyped_storage()
+        self.blocks[storage._cdata] = Block(stream)
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, key: int) -> None:
+        with self.lock:
+            self.freed.append(self.blocks.pop(key))
+
+    def launch(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """Do something in the current stream; what it writes may be new."""
+        with self.lock:
+            stream = self.current_stream()
+            stream.before |= self.host
+            stream.before[stream] += 1
+            for tensor in writes:
+                if self.block(tensor) is None:
+                    self.allocate(tensor, stream)
+            for tensor, is_write in [*((t, False) for t in reads), *((t, True) for t in writes)]:
+                block = self.block(tensor)
+                if block is not None:
+                    where = bytes_of(tensor)
+                    block.check(stream.before, f"{stream}: {name} uses", writes=is_write, where=where)
+                    block.uses.append((stream, stream.before[stream], is_write, where))
+
+
+def bytes_of(tensor: Tensor) -> range:
+    with raw():
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        start, itemsize = tensor.storage_offset(), tensor.element_size()
+        return range(start * itemsize, (start + last + 1) * itemsize)
+
+
+def changes_first(function: Any) -> bool:
+    name = function.__name__
+    return name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_")
+
+
+class PinnedTensor(Tensor):
+    def is_pinned(self, device: Any = None) -> bool:
+        return True
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if changes_first(function):
+            with sim.lock:
+                block: Any = sim.block(args[0])
+                block.check(sim.host, "the host writes", writes=True, where=bytes_of(args[0]))
+        with raw():
+            result = function(*args, **(kwargs or {}))
+        is_view = lambda t: type(t) is Tensor and sim.block(t) is not None  # noqa: E731
+        return tree_map(lambda t: plain_class(t, cls) if is_view(t) else t, result)
+
+
+class CudaTensor(Tensor):
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+
+    def record_stream(self, stream: Any) -> None:
+        block: Any = sim.block(self)
+        block.recorded.add(stream)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        memo[id(self)] = twin = self.detach().clone().requires_grad_(self.requires_grad)
+        twin._is_param = getattr(self, "_is_param", False)  # type: ignore[attr-defined]
+        return twin
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, function.__name__
+        with raw():
+            result = function(*args, **kwargs)
+        result = tree_map(lambda t: plain_class(t, cls) if type(t) is Tensor else t, result)
+        if name in ("__get__", "__set__"):
+            return result
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        changed = [args[0]] if changes_first(function) else []
+        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and sim.block(t) is None]
+        if changed or new:
+            sim.launch(name, [t for t in tensors if t is not args[0] or not changed], changed + new)
+        pageable = name == "copy_" and not isinstance(args[1], (CudaTensor, PinnedTensor))
+        if pageable or name == "equal" or (name == "copy_" and not kwargs.get("non_blocking")):
+            sim.current_stream().synchronize()
+        return result
+
+
+def to(self: Tensor, *args: Any, non_blocking: bool = False, **kwargs: Any) -> Tensor:
+    """Stand in for ``Tensor.to``."""
+    wanted = [*args, *kwargs.values()]
+    device = next((torch.device(w) for w in wanted if isinstance(w, (str, torch.device))), self.device)
+    dtype = next((w for w in wanted if isinstance(w, torch.dtype)), self.dtype)
+    if CUDA not in (device, self.device):
+        return plain_to(self, *args, **kwargs)
+    if (device, dtype) == (self.device, self.dtype) and not kwargs.get("copy"):
+        return self
+    with raw():
+        there = plain_class(plain_to(self, dtype, copy=True), CudaTensor if device == CUDA else Tensor)
+    sim.launch("to", [self], [there] if device == CUDA else [])
+    if device != self.device and not (non_blocking and isinstance(self, PinnedTensor)):
+        sim.current_stream().synchronize()
+    return there
+
+
+def empty(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    """Stand in for ``torch.empty``."""
+    if device != CUDA:
+        return plain_empty(*args, device=device, **kwargs)
+    tensor = plain_class(plain_empty(*args, **kwargs), CudaTensor)
+    with sim.lock:
+        sim.allocate(tensor, sim.current_stream())
+    return tensor
+
+
+def page_locked(nbytes: int) -> Tensor:
+    tensor = plain_class(plain_empty(nbytes, dtype=torch.uint8), PinnedTensor)
+    with sim.lock:
+        sim.allocate(tensor, None)
+    return tensor
+
+
+def as_subclass(self: Tensor, cls: Any) -> Tensor:
+    """Stand in for ``Tensor.as_subclass``: a parameter on another device is of another class here only."""
+    if cls not in (CudaTensor, PinnedTensor):
+        return plain_class(self, cls)
+    return self if isinstance(self, CudaTensor) else nn.Parameter(self, requires_grad=False)
+
+
+@pytest.fixture(autouse=True)
+def _simulated() -> Iterator[None]:
+    global sim
+    sim = Simulation()
+    Stream()
+    real = torch.get_device_module
+    with ExitStack() as stack:
+        for where, name, stand_in in (
+            (torch, "get_device_module", lambda d=None: sim if torch.device(d).type == "cuda" else real(d)),
+            (torch, "empty", empty),
+            (Tensor, "to", to),
+            (Tensor, "as_subclass", as_subclass),
+            (_pinned, "_page_locked", page_locked),
+            (_pinned, "available_ram", lambda: 1 << 40),
+            (_pinned, "CHUNK", 64),
+            (_pinned, "SLAB", 1 << 12),
+        ):
+            stack.enter_context(mock.patch.object(where, name, stand_in))
+        stack.enter_context(replaced(CUDA, Accelerator(CUDA)))
+        yield
+        gc.collect()
+
+
+sim: Simulation
+
+
+# -- models ------------------------------------------------------------------------------------------
+
+WIDTH = 8
+NBYTES = 4 * WIDTH * WIDTH
+F32, BF16 = torch.float32, torch.bfloat16
+saved: list[tuple[Stream, Tensor]] = []  # as autograd saves them for the backward pass
+
+
+class Scale(nn.Module):
+    """What it does can be replaced by *instead*."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("shift", torch.ones(WIDTH))
+        self.instead: Callable[[Scale, Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.instead is not None:
+            return self.instead(self, x)
+        weight = self.weight
+        if torch.is_grad_enabled():
+            saved.append((sim.current_stream(), weight))
+        return x * weight + self.shift
+
+
+class Block_(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(WIDTH))
+        self.scale = Scale()
+        self.called, self.read = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.read.weight  # before others compute
+        x = self.called(self.scale(x)) * self.gate
+        return nn.functional.linear(x, weight).tanh()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block_(), Block_(), Block_())
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head.weight = self.blocks[0].read.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))  # type: ignore[no-any-return]
+
+
+FACES: Any = {nn.Linear: AutoWrappedLinear, Scale: AutoWrappedModule, Block_: AutoWrappedNonRecurseModule}
+
+
+def config(*resting: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"computation_dtype": F32, "computation_device": CUDA}
+    for role, placement in zip(("offload", "onload", "preparing"), resting, strict=True):
+        settings[f"{role}_dtype"], settings[f"{role}_device"] = placement
+    return settings
+
+
+DISK = ("disk", "disk")
+CONFIGS = {
+    "disk": config(DISK, DISK, DISK),
+    "host": config((F32, "cpu"), (F32, "cpu"), (F32, "cpu")),
+    "page-locked": config(DISK, (BF16, "cpu"), (BF16, "cpu")),
+    "preparing": config(DISK, (F32, "cpu"), (F32, CUDA)),
+    "preparing in bfloat16": config(DISK, (BF16, "cpu"), (BF16, CUDA)),
+    "device": config((F32, CUDA), (F32, CUDA), (F32, CUDA)),
+    "device in bfloat16": config((BF16, CUDA), (BF16, CUDA), (BF16, CUDA)),
+}
+
+
+def make(module: nn.Module, name: str, limit: float | None = None, *, trains: bool = False) -> Any:
+    """Return a managed copy of *module*, whose weights bfloat16 can hold."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+    model = copy.deepcopy(module).requires_grad_(trains)
+    return enable_vram_management(model, FACES, CONFIGS[name], limit, CountingSource(module.state_dict()))
+
+
+def one_scale(name: str, *, trains: bool = False) -> Any:
+    return make(nn.Sequential(Scale()), name, trains=trains)[0]
+
+
+def ones() -> Tensor:
+    x = torch.ones(3, WIDTH).to(CUDA)
+    sim.synchronize()
+    return x
+
+
+def settle(model: nn.Module) -> None:
+    for residency in residencies(model):
+        assert residency.schedule is not None
+        residency.schedule.prefetcher.settle()
+
+
+# -- what the simulation sees ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "expected"),
+    [
+        ("disk", (Accelerator, "wait"), "stream 1: linear uses what stream 2 writes"),
+        ("disk", (Accelerator, "finished"), "stream 2 may be given what stream 1 reads"),
+        ("disk", (Event, "synchronize"), "the host writes what stream 2 reads"),
+        ("preparing", (Accelerator, "synchronize"), "stream 2: linear uses what stream 1 writes"),
+    ],
+)
+def test_races_are_seen(name: str, broken: tuple[type, str], expected: str) -> None:
+    with mock.patch.object(*broken, lambda *args: None):
+        model, x = make(Net(), name), ones()
+        for _ in range(2):
+            model(x)
+        with sim.stream(Stream()):
+            model(x)
+    assert expected in sim.races
+
+
+# -- one race each -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_streams_in_turn(name: str) -> None:
+    x, streams = ones(), (Stream(), Stream())
+    model = make(Net(), name)
+    for stream in 3 * streams:
+        with sim.stream(stream):
+            model(x)
+    assert sim.races == []
+
+
+def test_what_was_moved_to_the_device_is_there_for_all_streams() -> None:
+    x = ones()
+    layer = one_scale("device")
+    with sim.stream(Stream()):
+        layer(x)
+    layer.load_state_dict({"weight": torch.ones(WIDTH), "shift": torch.ones(WIDTH)})
+    with sim.stream(Stream()):
+        layer(x)
+    layer.computation_dtype = layer.offload_dtype = BF16
+    with sim.stream(Stream()):
+        layer(x.to(BF16))
+    assert sim.races == []
+
+
+def test_a_plain_model_is_there_for_all_streams() -> None:
+    x, model = ones(), make(Net(), "host")
+    disable_vram_management(model, CUDA)
+    with sim.stream(Stream()):
+        model(x)
+    assert sim.races == []
+
+
+def test_adapters_are_added_to_what_is_read_when_they_are_there() -> None:
+    x, model = ones(), make(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "disk")
+    a, b = torch.ones(2, WIDTH).to(CUDA), torch.ones(WIDTH, 2).to(CUDA)
+    model[0].add_lora(a, b, 0.5)
+    model[0].merge_lora()
+    model(x)
+    assert sim.races == []
+
+
+def test_weights_that_the_caller_has_page_locked_are_overwritten() -> None:
+    x, model = ones(), nn.Sequential(Scale()).requires_grad_(False)
+    locked = page_locked(4 * WIDTH).view(F32)
+    locked._is_param = True  # type: ignore[attr-defined]
+    model[0]._parameters["weight"] = locked  # type: ignore[assignment]
+    enable_vram_management(model, FACES, CONFIGS["host"])
+    model(x)
+    model.load_state_dict({"0.weight": torch.ones(WIDTH), "0.shift": torch.ones(WIDTH)})
+    assert sim.races == []
