@@ -407,6 +407,23 @@ def test_two_streams_in_turn(name: str) -> None:
     assert sim.races == []
 
 
+@pytest.mark.parametrize("known_order", [False, True])
+def test_copies_are_made_after_what_the_caller_wrote(known_order: bool) -> None:
+    model, x = make(Net(), "device in bfloat16"), ones()
+    for _ in range(2):
+        model(x)
+    residencies(model)[0].schedule.let_go()  # type: ignore[union-attr]
+    residencies(model)[0].schedule.forget()  # type: ignore[union-attr]
+    if not known_order:
+        model = copy.deepcopy(model)
+    sim.synchronize()
+    for parameter in set(model.parameters()):
+        parameter.mul_(2)  # an optimizer's step, say
+    model(x)
+    settle(model)
+    assert sim.races == []
+
+
 def test_what_was_moved_to_the_device_is_there_for_all_streams() -> None:
     x = ones()
     layer = one_scale("device")

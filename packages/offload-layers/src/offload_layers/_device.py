@@ -18,6 +18,10 @@ Note [Any stream may compute]
     wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
     resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
+
+Note [Weights that rest on the device]
+    Copies of weights that rest on the device in another dtype are made aside, too, from what the stream of a
+    caller may just have written: an optimizer's step, say. So the copying queue first waits for his stream.
 """
 
 import threading
@@ -208,17 +212,15 @@ class Accelerator:
         """Return a copy in page-locked memory while there is some."""
         return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
 
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _copying(self) -> Any:
         if self._copies is None:
             with self._making_copies:
                 self._copies = self._copies or self._module.Stream(self._device)
-        with self._module.stream(self._copies):
-            yield
+        return self._copies
 
     def aside(self) -> AbstractContextManager[None]:
         """Return a block whose work goes to a stream of its own."""
-        return self._aside() if self._has_streams else nullcontext()
+        return self._module.stream(self._copying()) if self._has_streams else nullcontext()
 
     def mark(self) -> Mark:
         """Return an event of the current stream."""
@@ -235,8 +237,8 @@ class Accelerator:
 
     def finished(self) -> None:
         """See Note [Memory that two queues use]."""
-        if self._copies is not None:
-            self._copies.wait_event(self.mark())
+        if self._has_streams:
+            self._copying().wait_event(self.mark())
 
     def record_use(self, tensor: Tensor) -> None:
         """See Note [Memory that two queues use]."""

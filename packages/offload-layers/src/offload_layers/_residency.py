@@ -140,7 +140,10 @@ class Residency(Resting):
 
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
-        return self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        if lease is not None and self._rests_on_device:
+            self._device.finished()  # see Note [Weights that rest on the device]
+        return lease
 
     def at_rest(self) -> MadeFrom:
         """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""
@@ -208,6 +211,8 @@ class Residency(Resting):
 
         def fetch() -> tuple[list[Tensor], Mark]:
             if not differentiable:
+                if self._rests_on_device:
+                    self._device.finished()  # see Note [Weights that rest on the device]
                 return self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
             return [self._computable(weight, differentiable=True) for weight in self.weights], None
 
