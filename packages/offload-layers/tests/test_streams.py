@@ -21,6 +21,7 @@ from offload_layers import (
     AutoWrappedLinear,
     AutoWrappedModule,
     AutoWrappedNonRecurseModule,
+    State,
     _pinned,
     disable_vram_management,
     enable_vram_management,
@@ -443,6 +444,42 @@ def test_a_plain_model_is_there_for_all_streams() -> None:
     disable_vram_management(model, CUDA)
     with sim.stream(Stream()):
         model(x)
+    assert sim.races == []
+
+
+def test_weights_that_a_layer_in_another_dtype_leaves() -> None:
+    x, layer = ones(), one_scale("preparing in bfloat16")
+    layer(x)
+    with sim.stream(Stream()):
+        layer(x)
+    layer.offload()
+    assert x.add(1).numel()
+    assert sim.races == []
+
+
+def test_a_layer_that_ceases_to_be_resident_while_others_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, layer, other = ones(), one_scale("preparing"), Stream()
+    layer(x)
+    assert layer.state is State.PREPARING
+
+    def call() -> None:
+        with torch.no_grad(), sim.stream(other):
+            layer(x)
+
+    def wait(self: Accelerator) -> None:
+        sim.synchronize()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(0.2)  # it may have to wait, too
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "synchronize", wait)
+        assert layer._owner().try_demote()
+    assert x.add(1).numel()
+    for thread in threads:
+        thread.join(10)
     assert sim.races == []
 
 

@@ -386,7 +386,6 @@ class Resting:
                     doing="bringing the weights of",
                 )
             if placement.device == self.policy.computation.device:
-                self._device.synchronize()  # see Note [Any stream may compute]
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
         except BaseException:
             if lease is not None:
@@ -398,9 +397,10 @@ class Resting:
     def _drop_to(self, state: State) -> None:
         homes = list(self._tiers.homes)
         while self._tiers.height > HEIGHT[state]:
-            if self.resident:
+            is_on_device = self._rests_on_device
+            self._hide()  # before the host waits: other threads go on
+            if is_on_device:
                 self._device.synchronize()
-            self._hide()
             self._tiers.pop()
         self._expose_if_resident()
         for home, kept in zip(homes, self._tiers.homes, strict=True):
