@@ -501,3 +501,60 @@ def test_weights_that_the_caller_has_page_locked_are_overwritten() -> None:
     model(x)
     model.load_state_dict({"0.weight": torch.ones(WIDTH), "0.shift": torch.ones(WIDTH)})
     assert sim.races == []
+
+
+# -- copies that several share -----------------------------------------------------------------------
+
+
+def nested(layer: Any, x: Tensor, *, outer_grad: bool, inner_grad: bool) -> Callable[[], Tensor]:
+    """Call *layer* while it computes, in another stream; return how the other one goes on afterwards."""
+    outer, inner = Stream(), Stream()
+    kept: list[Tensor] = []
+
+    def compute_inside(self: Scale, x: Tensor) -> Tensor:
+        kept.append(self.weight)
+        return x * self.weight
+
+    def compute(self: Scale, x: Tensor) -> Tensor:
+        weight = self.weight
+        self.instead = compute_inside
+        with sim.stream(inner), torch.set_grad_enabled(inner_grad):
+            self(x)
+        out = x * weight
+        del weight
+        layer_again(x)
+        return out
+
+    def layer_again(x: Tensor) -> None:
+        """Let the copying stream use what memory it has."""
+        with layer_device.aside():
+            torch.empty(1, device=CUDA).add(1)
+
+    def backward() -> Tensor:
+        with sim.stream(inner):
+            return x * kept.pop()
+
+    layer_device = layer._owner()._device
+    layer.instead = compute
+    with sim.stream(outer), torch.set_grad_enabled(outer_grad):
+        layer(x)
+    if not inner_grad:
+        kept.clear()
+    with sim.stream(outer):
+        x.add(1)
+    return backward
+
+
+@pytest.mark.parametrize("name", ["host", "page-locked"])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("outer_grad", [False, True])
+@pytest.mark.parametrize("inner_grad", [False, True])
+def test_a_copy_that_two_streams_share(name: str, trains: bool, outer_grad: bool, inner_grad: bool) -> None:
+    x, layer = ones(), one_scale(name, trains=trains)
+    backward = nested(layer, x, outer_grad=outer_grad, inner_grad=inner_grad)
+    if inner_grad:
+        backward()
+    with torch.no_grad():
+        layer.instead = None
+        layer(x)
+    assert sim.races == []

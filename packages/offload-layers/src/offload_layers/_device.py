@@ -10,7 +10,8 @@ Note [Memory that two queues use]
     dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
     (``finished``). No ``record_stream``: that would delay each reuse until the host asks again. Only what may
     outlive the forward gets it (``record_use``): weights that autograd saves for the backward pass, and those
-    that somebody reads from outside of their layer.
+    that somebody reads from outside of their layer. And copies through which gradients flow, which lie in
+    memory of the queue that computes: several may share them.
 
 Note [Any stream may compute]
     Callers may compute in several streams, each in a thread of its own or not, and tell them to wait for each
@@ -242,7 +243,7 @@ class Accelerator:
 
     def record_use(self, tensor: Tensor) -> None:
         """See Note [Memory that two queues use]."""
-        if self._copies is not None and tensor.device == self._device:
+        if self._has_streams and tensor.device == self._device:
             tensor.record_stream(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:

@@ -68,6 +68,8 @@ class Residency(Resting):
             if staged is None:
                 return
             self._device.finished()  # each of several users may have a queue of his own
+            if staged.is_differentiable:
+                self._record_use(staged.fetched)
             if self._users:
                 return
             changed = staged.changed(self.weights, self._computable)
@@ -176,17 +178,19 @@ class Residency(Resting):
         """Let the model hold copies for a computation, unless it does already."""
         before = self._staged
         if before is not None and (before.is_differentiable or not differentiable):
-            self._device.wait(before.fetched.ready)  # made by a thread whose queue may be another one
-            return
-        fetched = None if differentiable else self._take_fetched()
-        if fetched is None:
-            fetched = self._fetch_now(None if before is None else before.lease, differentiable)
-        self._device.wait(fetched.ready)
-        if before is not None:  # its memory is about to be free, and others compute with it
-            self._device.synchronize()
+            fetched = before.fetched
+            self._device.wait(fetched.ready)  # made by a thread whose queue may be another one
+        else:
+            ahead = None if differentiable else self._take_fetched()
+            fetched = ahead or self._fetch_now(None if before is None else before.lease, differentiable)
+            self._device.wait(fetched.ready)
+            if before is not None:  # others compute, and have not waited for this one
+                self._device.synchronize()
+            self._staged = StagedCopy.show(
+                self.weights, fetched, differentiable=differentiable, replaced=before
+            )
         if torch.is_grad_enabled():  # autograd may save them for the backward pass
             self._record_use(fetched)
-        self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
 
     def _record_use(self, fetched: Fetched) -> None:
         for tensor in fetched.tensors:
@@ -214,7 +218,8 @@ class Residency(Resting):
                 if self._rests_on_device:
                     self._device.finished()  # see Note [Weights that rest on the device]
                 return self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
-            return [self._computable(weight, differentiable=True) for weight in self.weights], None
+            tensors = [self._computable(weight, differentiable=True) for weight in self.weights]
+            return tensors, self._device.mark()
 
         try:
             tensors, ready = self.budget.retrying(fetch, layer=self.name, doing="bringing the weights of")
