@@ -7,6 +7,7 @@ memory that Python has dropped, and whatever its stream is given next. What is n
 
 import copy
 import gc
+import random
 import threading
 import weakref
 from collections import Counter
@@ -27,6 +28,7 @@ from offload_layers import (
     enable_vram_management,
 )
 from offload_layers._device import Accelerator, replaced
+from offload_layers._placement import GIB
 from offload_layers.testing import CountingSource, residencies
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -503,6 +505,15 @@ def test_weights_that_the_caller_has_page_locked_are_overwritten() -> None:
     assert sim.races == []
 
 
+def test_buffers_that_came_in_inference_mode_can_be_written() -> None:
+    x, layer = ones(), one_scale("disk")
+    with torch.inference_mode():
+        layer(x)
+    layer.shift.add_(1)
+    layer.load_state_dict({"weight": torch.ones(WIDTH), "shift": torch.ones(WIDTH)})
+    assert torch.equal(layer(x), x + 1)
+
+
 # -- copies that several share -----------------------------------------------------------------------
 
 
@@ -558,3 +569,109 @@ def test_a_copy_that_two_streams_share(name: str, trains: bool, outer_grad: bool
         layer.instead = None
         layer(x)
     assert sim.races == []
+
+
+# -- programs ----------------------------------------------------------------------------------------
+
+
+class Program:
+    """A random sequence of what can be done with a model, in several streams, beside the plain model."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        choose = self.random.choice
+        self.oracle = Net().requires_grad_(False)
+        self.inputs = [torch.randn(3, WIDTH) for _ in range(2)]
+        self.there = [x.to(CUDA) for x in self.inputs]
+        self.streams = [sim.streams[0], Stream(), Stream()]
+        self.is_exact = True  # until adapters were there
+        with sim.stream(choose(self.streams)):
+            limit = choose([None, 0, 3 * NBYTES / GIB, 8 * NBYTES / GIB])
+            self.model = make(self.oracle, choose(list(CONFIGS)), limit, trains=choose([False, True]))
+        self.layers = residencies(self.model)
+
+    def run(self, steps: int) -> None:
+        actions = [self.forward, self.forward, self.train, self.infer, self.read, self.move, self.limit]
+        actions += [self.load, self.change, self.demote, self.fail, self.copy]
+        for _ in range(steps):
+            with sim.stream(self.random.choice(self.streams)):
+                self.random.choice(actions)()
+                assert sim.races == []
+            with sim.stream(self.random.choice(self.streams)):
+                self.there[0].add(1)  # whatever memory is free is used
+
+    def forward(self, model: Any = None) -> None:
+        index = self.random.randrange(2)
+        out = (model or self.model)(self.there[index])
+        if self.random.random() < 0.3:  # otherwise the host goes on
+            assert torch.allclose(out.detach().to("cpu"), self.oracle(self.inputs[index]), atol=1e-5)
+
+    def train(self) -> None:
+        with torch.enable_grad():
+            self.forward()
+        for stream, weight in saved:
+            with sim.stream(stream):
+                weight.add(1)
+        saved.clear()
+
+    def infer(self) -> None:
+        with torch.inference_mode():
+            self.forward()
+
+    def read(self) -> None:
+        layer = self.random.choice(self.layers)
+        layer.read(self.random.choice(layer.weights)).add(1)
+
+    def move(self) -> None:
+        layer = self.random.choice(self.layers)
+        self.random.choice([layer.offload, lambda: layer.climb_to(self.random.choice(list(State)))])()
+
+    def limit(self) -> None:
+        limit = self.random.choice([None, 0, 3 * NBYTES, 8 * NBYTES])
+        for layer in self.layers:
+            layer.limit = limit
+
+    def load(self) -> None:
+        self._ordered(lambda: self.model.load_state_dict(self.oracle.state_dict()))
+
+    def change(self) -> None:
+        def change() -> None:
+            self.layers[0].schedule.let_go()  # type: ignore[union-attr]
+            for parameter in set(self.model.parameters()):
+                if not parameter.is_meta:
+                    parameter.mul_(1)
+
+        self._ordered(change)
+
+    def _ordered(self, change: Callable[[], object]) -> None:
+        """Change weights as on a plain model: streams that use them before and after are told to wait."""
+        settle(self.model)
+        sim.synchronize()
+        change()
+        self.forward()
+        sim.synchronize()
+
+    def demote(self) -> None:
+        self.layers[0].budget.demote_all()
+
+    def fail(self) -> None:
+        source: Any = self.layers[0].source
+        failing = getattr(source, "_source", source)
+        failing.failing.add("blocks.1.called.weight")
+        try:
+            self.forward()
+        except OSError:
+            pass
+        finally:
+            failing.failing.clear()
+
+    def copy(self) -> None:
+        twin = copy.deepcopy(self.model)
+        self.forward(twin)
+        sim.synchronize()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_programs(seed: int) -> None:
+    Program(seed).run(12)

@@ -451,7 +451,8 @@ class Resting:
         for slot in self.buffers:
             buffer = slot.module._buffers[slot.name]
             if buffer is not None and buffer.device != device:
-                slot.module._buffers[slot.name] = buffer.to(device)
+                with torch.inference_mode(False):  # they outlive the forward that needs them there
+                    slot.module._buffers[slot.name] = buffer.to(device)
 
     def __repr__(self) -> str:
         placement = self.policy[self.state]
