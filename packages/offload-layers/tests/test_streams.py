@@ -123,6 +123,8 @@ class Simulation:
             return self.blocks.get(tensor.untyped_storage()._cdata)
 
     def allocate(self, tensor: Tensor, stream: Stream | None) -> None:
+        if stream is not None:
+            stream.before |= self.host
         for block in self.freed:
             if block.stream is stream is not None:
                 block.check_reuse(stream)
@@ -512,6 +514,16 @@ def test_buffers_that_came_in_inference_mode_can_be_written() -> None:
     layer.shift.add_(1)
     layer.load_state_dict({"weight": torch.ones(WIDTH), "shift": torch.ones(WIDTH)})
     assert torch.equal(layer(x), x + 1)
+
+
+def test_a_weight_that_two_streams_read_from_outside() -> None:
+    x, model = ones(), make(nn.Sequential(Scale(), Scale()), "disk")
+    for stream in (Stream(), Stream()):
+        with sim.stream(stream):
+            x.add(model[0].weight)
+    model[1](x)
+    model[1](x)
+    assert sim.races == []
 
 
 # -- copies that several share -----------------------------------------------------------------------

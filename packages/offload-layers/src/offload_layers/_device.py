@@ -19,6 +19,8 @@ Note [Any stream may compute]
     wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
     resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
+    Who reads weights from outside of their layer has to ask for each: what is staged for readers is not an
+    attribute of its module.
 
 Note [Weights that rest on the device]
     Copies of weights that rest on the device in another dtype are made aside, too, from what the stream of a

@@ -33,11 +33,13 @@ class Residency(Resting):
     # -- computing ----------------------------------------------------------------------------------
 
     @uncompiled
-    def enter(self, work: float = 0.0) -> None:
+    def enter(self, work: float = 0.0, calls: bool = True) -> None:
         """Make the weights readable in the computation placement until ``leave``.
 
         Args:
             work: Size of the computation to come, in any unit that is the same for all layers of a model.
+            calls: Whether the layer itself computes. Others have to ask ``read`` for each weight: they may
+                be in any stream.
         """
         schedule = self.schedule
         if schedule is not None:
@@ -53,17 +55,23 @@ class Residency(Resting):
                 if schedule is not None:
                     schedule.start_after(self)
             self._users += 1
+            if calls:
+                self._callers += 1
+                for weight in self.weights:
+                    if weight.staged is not None:
+                        weight.expose(weight.staged)
         if schedule is not None and self.limit is not None:
             schedule.beside.begin(self, self.budget)
 
     @uncompiled
-    def leave(self) -> None:
+    def leave(self, calls: bool = True) -> None:
         """End what ``enter`` began."""
         schedule, limit = self.schedule, self.limit
         if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
             self.budget.keep_under(limit, self)
         with self._lock:
             self._users -= 1
+            self._callers -= calls
             staged = self._staged
             if staged is None:
                 return
@@ -71,6 +79,9 @@ class Residency(Resting):
             if staged.is_differentiable:
                 self._record_use(staged.fetched)
             if self._users:
+                if not self._callers and not self.resident:
+                    for weight in self.weights:
+                        weight.conceal()
                 return
             changed = staged.changed(self.weights, self._computable)
             if not self.resident:
@@ -110,12 +121,13 @@ class Residency(Resting):
         if self.schedule is not None:
             self.schedule.hold(self)
         with self._lock:
-            exposed = weight.exposed  # another thread may have staged it while this one waited
-            if exposed is not None:
-                if self._staged is not None:
-                    watch(exposed)
-                    self._record_use(self._staged.fetched)
-                return exposed
+            if self._staged is not None and weight.staged is not None:
+                watch(weight.staged)
+                self._device.wait(self._staged.fetched.ready)
+                self._device.record_use(weight.staged)
+                return weight.staged
+            if weight.exposed is not None:  # the layer has become resident while this thread waited
+                return weight.exposed
             return self._computable(weight, differentiable=self._wants_gradients())
 
     # -- being fetched ahead: read by the prefetcher without this layer's lock -----------------------

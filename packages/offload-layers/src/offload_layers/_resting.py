@@ -71,7 +71,8 @@ class Resting:
         self.counters = Counters()
         self._shared = SharedCopies() if schedule is None else schedule.shared
         self._lock = threading.RLock()
-        self._users = 0
+        self._users = 0  # those that compute with the weights, and those that read them from outside
+        self._callers = 0  # only those that compute
         self._staged: StagedCopy | None = None
         self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
         self._kept: Fetched | None = None
