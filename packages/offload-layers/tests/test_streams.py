@@ -526,6 +526,28 @@ def test_a_weight_that_two_streams_read_from_outside() -> None:
     assert sim.races == []
 
 
+def test_a_weight_that_is_read_from_outside_before_its_layer_leaves() -> None:
+    x, layer = ones(), one_scale("preparing")
+    layer(x)
+    with sim.stream(Stream()):
+        weight = layer.weight
+        layer.offload()
+        x.add(weight)
+        del weight
+    x.add(1)
+    assert sim.races == []
+
+
+def test_buffers_that_go_home() -> None:
+    x, layer, other = ones(), one_scale("disk"), Stream()
+    layer(x)
+    with sim.stream(other):
+        layer(x)
+    layer.offload()
+    x.add(1)
+    assert sim.races == []
+
+
 # -- copies that several share -----------------------------------------------------------------------
 
 

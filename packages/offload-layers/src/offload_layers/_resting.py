@@ -402,6 +402,8 @@ class Resting:
             self._hide()  # before the host waits: other threads go on
             if is_on_device:
                 self._device.synchronize()
+                for parameter in self._tiers.top:  # somebody may have read it, or autograd have saved it
+                    self._device.record_use(parameter)
             self._tiers.pop()
         self._expose_if_resident()
         for home, kept in zip(homes, self._tiers.homes, strict=True):
@@ -452,6 +454,8 @@ class Resting:
         for slot in self.buffers:
             buffer = slot.module._buffers[slot.name]
             if buffer is not None and buffer.device != device:
+                if buffer.device == self.policy.computation.device:
+                    self._device.synchronize()  # see Note [Any stream may compute]
                 with torch.inference_mode(False):  # they outlive the forward that needs them there
                     slot.module._buffers[slot.name] = buffer.to(device)
 
