@@ -124,6 +124,31 @@ def test_the_first_copy_aside_waits_for_the_computation(accelerator: Accelerator
     assert event.recorded_in is FakeModule.current_stream(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("tells_all", [True, False])
+def test_what_torch_keeps_for_reuse_is_not_in_use(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, tells_all: bool
+) -> None:
+    told: dict[str, Any] = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda device: (600, 1000),
+        "memory_stats_as_nested_dict": lambda device: {
+            "allocated_bytes": {"all": {"current": 30, "peak": 70}},
+            "reserved_bytes": {"all": {"current": 100, "peak": 200}},
+        },
+    }
+    if not tells_all:  # as before the device is used, and as some vendors do
+        told |= {
+            "memory_stats_as_nested_dict": lambda device: {},
+            "memory_allocated": lambda device: 30,
+            "max_memory_allocated": lambda device: 70,
+            "memory_reserved": lambda device: 100,
+        }
+    for name, function in told.items():
+        monkeypatch.setattr(FakeModule, name, function, raising=False)
+    assert accelerator.in_use() == 400 - 70
+    assert accelerator.peak_in_use() == 400 - 70 + 40
+
+
 def test_the_host_waits_for_all_streams(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.synchronize()
     assert FakeModule.synchronized == 1

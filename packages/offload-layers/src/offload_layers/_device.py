@@ -177,16 +177,27 @@ class Accelerator:
         if not self._module.is_available() or not hasattr(self._module, "mem_get_info"):
             return None
         free, total = self._module.mem_get_info(self._device)
-        reserve = self._module.memory_reserved(self._device) - self._module.memory_allocated(self._device)
-        return int(total - free - reserve)
+        allocated, _, reserved = self._cached()
+        return int(total - free) - (reserved - allocated)
 
     def peak_in_use(self) -> int | None:
         """Return what is in use, were torch's own part of it as large as it was at most."""
         in_use = self.in_use()
-        if in_use is None or not hasattr(self._module, "max_memory_allocated"):
-            return in_use
-        below = self._module.max_memory_allocated(self._device) - self._module.memory_allocated(self._device)
-        return in_use + int(below)
+        if in_use is None:
+            return None
+        allocated, peak, _ = self._cached()
+        return in_use + peak - allocated
+
+    def _cached(self) -> tuple[int, int, int]:
+        """Return the bytes of all tensors, now and at most, and those that torch has taken for tensors."""
+        # as they are: asked for one number, torch makes a sorted list of all first, at each layer's call
+        tell_all = getattr(self._module, "memory_stats_as_nested_dict", None)
+        if tell_all is not None and (stats := tell_all(self._device)):
+            tensors, taken = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+            return tensors["current"], tensors["peak"], taken["current"]
+        allocated = int(self._module.memory_allocated(self._device))
+        peak = getattr(self._module, "max_memory_allocated", self._module.memory_allocated)
+        return allocated, int(peak(self._device)), int(self._module.memory_reserved(self._device))
 
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""
