@@ -115,15 +115,21 @@ def test_who_waits_for_whom(accelerator: Accelerator) -> None:
 def test_memory_is_kept_for_the_stream_that_computes(accelerator: Accelerator) -> None:
     tensor: Any = Recorded()
     accelerator.record_use(tensor)
-    assert not tensor.streams  # nothing was copied aside yet
-    with accelerator.aside():
-        pass
-    accelerator.record_use(tensor)
     assert tensor.streams == [FakeModule.current_stream(torch.device("cpu"))]
 
 
-def test_the_host_waits_for_all_streams(accelerator: Accelerator) -> None:
+def test_the_first_copy_aside_waits_for_the_computation(accelerator: Accelerator) -> None:
+    accelerator.finished()
+    with accelerator.aside():
+        (event,) = FakeModule.current_stream(torch.device("cpu")).waited_for
+    assert event.recorded_in is FakeModule.current_stream(torch.device("cpu"))
+
+
+def test_the_host_waits_for_all_streams(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.synchronize()
+    assert FakeModule.synchronized == 1
+    monkeypatch.setattr(FakeModule, "is_initialized", lambda: False, raising=False)
+    accelerator.synchronize()  # not even started
     assert FakeModule.synchronized == 1
 
 

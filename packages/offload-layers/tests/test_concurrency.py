@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
+from offload_layers import AutoWrappedLinear, AutoWrappedModule, State, enable_vram_management
 from offload_layers._budget import Budget
 from offload_layers._device import HostDevice, replaced
 from offload_layers._placement import GIB, Placement
@@ -240,7 +240,7 @@ class WatchedDevice(FakeDevice):
         self.told: list[tuple[str, int]] = []
         self.recorded: list[Tensor] = []
         self.residency: Any = None
-        self.was_resident: list[bool] = []  # at each ``synchronize``
+        self.was: list[tuple[bool, State]] = []  # resident, and in which state, at each ``synchronize``
 
     def wait(self, mark: Any) -> None:
         self.told.append(("wait", threading.get_ident()))
@@ -255,7 +255,7 @@ class WatchedDevice(FakeDevice):
 
     def synchronize(self) -> None:
         if self.residency is not None:
-            self.was_resident.append(self.residency.resident)
+            self.was.append((self.residency.resident, self.residency.state))
         super().synchronize()
 
 
@@ -294,8 +294,8 @@ def test_everyone_who_shares_a_copy_tells_the_device_so(leaves_first: str) -> No
         assert told[-1] == "finished"
 
 
-def test_the_host_waits_before_a_layer_is_resident_and_before_it_is_not() -> None:
-    """A resident layer is called without a question, in any queue."""
+def test_the_host_waits_before_a_layer_is_resident_and_before_its_memory_is_free() -> None:
+    """A resident layer is called without a question, in any queue; not any more while the host waits."""
     config = DISK | {"preparing_dtype": torch.float32, "preparing_device": "cpu"}
     device = WatchedDevice()
     with device.installed():
@@ -305,9 +305,9 @@ def test_the_host_waits_before_a_layer_is_resident_and_before_it_is_not() -> Non
         device.residency = layer._owner()
         layer(X)
         assert layer._owner().resident
-        assert device.was_resident == [False]
+        assert device.was == [(False, State.ONLOAD)]
         layer.offload()
-        assert device.was_resident == [False, True]
+        assert device.was[1:] == [(False, State.PREPARING)]
 
 
 @pytest.mark.parametrize("outlives", ["autograd", "a reader", "nobody"])

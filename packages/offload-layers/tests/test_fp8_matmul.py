@@ -20,6 +20,7 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 RESTING = ("offload", "onload", "preparing")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,22 @@ def test_the_product_is_that_of_the_dequantized_numbers(
         assert found.dtype == dtype
         assert found.shape == (2, 5, 32)
         assert_close(found, expected)
+
+
+def test_inputs_lie_as_gpus_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, strides = torch._scaled_mm, []
+
+    def note(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+        strides.append((a.stride(), b.stride()))
+        return multiply(a, b, **kwargs)
+
+    layer = AutoWrappedLinear(nn.Linear(32, 16, dtype=torch.bfloat16), **settings(CPU))
+    monkeypatch.setattr(torch, "_scaled_mm", note)
+    pictures = torch.randn(1, 32, 10).to(torch.bfloat16)
+    with torch.no_grad():
+        found = layer(pictures.transpose(1, 2))  # one picture: its rows lie one column after the other
+        assert torch.equal(found, layer(pictures.transpose(1, 2).contiguous()))
+    assert strides == 2 * [((32, 1), (1, 32))]
 
 
 def test_a_large_row_does_not_touch_its_neighbours(device: torch.device) -> None:
@@ -161,7 +178,6 @@ class Holder(nn.Module):
         self.gate = nn.Parameter(torch.ones(2))
 
 
-CPU = torch.device("cpu")
 REFUSED = {
     "a norm": (
         lambda: AutoWrappedModule(nn.LayerNorm(2), **settings(CPU)),

@@ -144,6 +144,8 @@ def test_strides_dtypes_and_gradients_do_not_matter(ring: PinnedRing) -> None:
         torch.tensor(3),
         torch.randn(9, requires_grad=True),
         torch.ones(3) > 0,
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.randn(3, dtype=torch.complex64).conj().imag,
     ):
         there = ring.upload(tensor)
         assert (there.dtype, there.shape, there.requires_grad) == (tensor.dtype, tensor.shape, False)
@@ -171,6 +173,15 @@ def test_a_buffer_is_filled_again_when_the_engine_has_emptied_it(ring: PinnedRin
     assert engine.log == [
         "filled 0", "sent", "filled 1", "sent", "waited", "filled 2", "sent", "waited", "filled 3", "sent"
     ]  # fmt: skip
+
+
+def test_buffers_of_inference_mode_serve_outside_of_it(ring: PinnedRing) -> None:
+    tensor = torch.arange(3.0)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(ring.upload(tensor), tensor)
+    assert torch.equal(ring.upload(tensor), tensor)
+    assert ring.receive((3,), torch.float32, lambda out: out.copy_(tensor)) is not None
 
 
 def test_two_threads_fill_at_once_and_a_third_waits(ring: PinnedRing) -> None:

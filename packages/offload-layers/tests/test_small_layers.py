@@ -133,3 +133,21 @@ def test_gradients_pass_through_it(model: Any) -> None:
         y = X.clone().requires_grad_(True)
         plain()(y).sum().backward()
     assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+
+
+def test_what_was_kept_in_inference_mode_serves_outside_of_it(model: Any) -> None:
+    with torch.inference_mode():
+        model(X)
+    with torch.enable_grad():
+        x = X.clone().requires_grad_(True)
+        model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_was_read_in_inference_mode_serves_outside_of_it(model: Any) -> None:
+    with torch.inference_mode():
+        assert model.linears[0].weight.shape == (WIDTH, WIDTH)
+    with torch.enable_grad():
+        x = X.clone().requires_grad_(True)
+        model.linears[0](x).sum().backward()
+    assert x.grad is not None

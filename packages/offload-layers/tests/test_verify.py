@@ -12,6 +12,7 @@ import torch
 from offload_layers import (
     AutoWrappedLinear,
     AutoWrappedModule,
+    AutoWrappedNonRecurseModule,
     ConfigError,
     OffloadLayersError,
     VerificationError,
@@ -110,6 +111,34 @@ def test_a_corrupted_weight_beside_managed_children_is_found(
         ("blocks.1.gate", pytest.approx(1.0, rel=1e-6), (WIDTH,))
     ]
     assert found.layers_checked == 10
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.gate
+
+
+class Peeking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = Beside()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.beside(x * self.beside.gate)  # type: ignore[no-any-return]
+
+
+def test_a_corrupted_weight_that_is_read_from_outside_is_found() -> None:
+    source = Lying(Peeking())
+    faces: Any = {Beside: AutoWrappedNonRecurseModule, nn.Linear: AutoWrappedLinear}
+    model = enable_vram_management(Peeking(), faces, DISK, None, source)
+    source.lies = {"beside.gate"}
+    assert [difference.name for difference in verify(model, X).differences] == ["beside.gate"]
+    assert verify(model, X).is_equal
 
 
 def test_a_corrupted_resident_is_found() -> None:

@@ -10,14 +10,21 @@ Note [Memory that two queues use]
     dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
     (``finished``). No ``record_stream``: that would delay each reuse until the host asks again. Only what may
     outlive the forward gets it (``record_use``): weights that autograd saves for the backward pass, and those
-    that somebody reads from outside of their layer.
+    that somebody reads from outside of their layer. And copies through which gradients flow, which lie in
+    memory of the queue that computes: several may share them.
 
 Note [Any stream may compute]
     Callers may compute in several streams, each in a thread of its own or not, and tell them to wait for each
     other or not: on a plain model they need not. So everyone who computes with a staged copy lets his stream
     wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
-    resident and before it ceases to be, which is rare.
+    resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
+    Who reads weights from outside of their layer has to ask for each: what is staged for readers is not an
+    attribute of its module.
+
+Note [Weights that rest on the device]
+    Copies of weights that rest on the device in another dtype are made aside, too, from what the stream of a
+    caller may just have written: an optimizer's step, say. So the copying queue first waits for his stream.
 """
 
 import threading
@@ -236,17 +243,15 @@ class Accelerator:
         """Return a copy in page-locked memory while there is some."""
         return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
 
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _copying(self) -> Any:
         if self._copies is None:
             with self._making_copies:
                 self._copies = self._copies or self._module.Stream(self._device)
-        with self._module.stream(self._copies):
-            yield
+        return self._copies
 
     def aside(self) -> AbstractContextManager[None]:
         """Return a block whose work goes to a stream of its own."""
-        return self._aside() if self._has_streams else nullcontext()
+        return self._module.stream(self._copying()) if self._has_streams else nullcontext()
 
     def mark(self) -> Mark:
         """Return an event of the current stream."""
@@ -263,17 +268,18 @@ class Accelerator:
 
     def finished(self) -> None:
         """See Note [Memory that two queues use]."""
-        if self._copies is not None:
-            self._copies.wait_event(self.mark())
+        if self._has_streams:
+            self._copying().wait_event(self.mark())
 
     def record_use(self, tensor: Tensor) -> None:
         """See Note [Memory that two queues use]."""
-        if self._copies is not None and tensor.device == self._device:
+        if self._has_streams and tensor.device == self._device:
             tensor.record_stream(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
-        """Wait for all streams."""
-        if hasattr(self._module, "synchronize"):
+        """Wait for all streams; a device that was not used yet is not started for it."""
+        is_started = getattr(self._module, "is_initialized", lambda: True)()
+        if is_started and hasattr(self._module, "synchronize"):
             self._module.synchronize(self._device)
 
 

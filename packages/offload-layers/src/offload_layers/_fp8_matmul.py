@@ -52,7 +52,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     scales = row_scales(rows, weight.dtype)
     out = torch._scaled_mm(
-        (rows / scales).to(weight.dtype),
+        (rows / scales).to(weight.dtype, memory_format=torch.contiguous_format),
         weight.contiguous().t(),  # by columns, as the operation wants it
         scale_a=scales,
         scale_b=torch.ones(1, weight.shape[0], device=x.device),

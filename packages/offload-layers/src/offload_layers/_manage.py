@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from offload_layers._device import device_of
 from offload_layers._errors import ConfigError
 from offload_layers._managed import ManagedModule, attach, names_of, swap_classes
 from offload_layers._packed import PackedWeight
@@ -141,6 +142,7 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
                 module._parameters[key] = parameter_like(parameter, _for_computation(source[full], policy))
         for part, key, full in _stored_buffers(module, [module], name, source):
             part._buffers[key] = _for_computation(source[full], policy).clone()
+    device_of(policy.computation.device).synchronize()  # see Note [Any stream may compute]
 
 
 def _for_computation(values: Tensor, policy: Policy) -> Tensor:

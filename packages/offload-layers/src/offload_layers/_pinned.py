@@ -130,7 +130,7 @@ class PinnedRing:
         """Return a copy of *tensor* on the device, which the current stream has when it gets there."""
         if self._is_refused or not tensor.numel():
             return tensor.to(self._device)
-        source = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        source = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
         target, flat = self._target(tensor.shape, tensor.dtype)
         for start in range(0, len(source), CHUNK):
             piece = source[start : start + CHUNK]
@@ -187,7 +187,8 @@ class PinnedRing:
         try:
             if size > CHUNK and available_ram() < 2 * size:
                 return False
-            buffer.memory = self._allocate(size)
+            with torch.inference_mode(False):  # the next one to fill it may not be in that mode
+                buffer.memory = self._allocate(size)
         except ConfigError:  # the system does not tell how much there is
             return False
         except RuntimeError as error:  # the system limits how much may be page-locked

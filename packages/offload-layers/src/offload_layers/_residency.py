@@ -33,11 +33,13 @@ class Residency(Resting):
     # -- computing ----------------------------------------------------------------------------------
 
     @uncompiled
-    def enter(self, work: float = 0.0) -> None:
+    def enter(self, work: float = 0.0, calls: bool = True) -> None:
         """Make the weights readable in the computation placement until ``leave``.
 
         Args:
             work: Size of the computation to come, in any unit that is the same for all layers of a model.
+            calls: Whether the layer itself computes. Others have to ask ``read`` for each weight: they may
+                be in any stream.
         """
         schedule = self.schedule
         if schedule is not None:
@@ -53,22 +55,33 @@ class Residency(Resting):
                 if schedule is not None:
                     schedule.start_after(self)
             self._users += 1
+            if calls:
+                self._callers += 1
+                for weight in self.weights:
+                    if weight.staged is not None:
+                        weight.expose(weight.staged)
         if schedule is not None and self.limit is not None:
             schedule.beside.begin(self, self.budget)
 
     @uncompiled
-    def leave(self) -> None:
+    def leave(self, calls: bool = True) -> None:
         """End what ``enter`` began."""
         schedule, limit = self.schedule, self.limit
         if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
             self.budget.keep_under(limit, self)
         with self._lock:
             self._users -= 1
+            self._callers -= calls
             staged = self._staged
             if staged is None:
                 return
             self._device.finished()  # each of several users may have a queue of his own
+            if staged.is_differentiable:
+                self._record_use(staged.fetched)
             if self._users:
+                if not self._callers and not self.resident:
+                    for weight in self.weights:
+                        weight.conceal()
                 return
             changed = staged.changed(self.weights, self._computable)
             if not self.resident:
@@ -108,12 +121,13 @@ class Residency(Resting):
         if self.schedule is not None:
             self.schedule.hold(self)
         with self._lock:
-            exposed = weight.exposed  # another thread may have staged it while this one waited
-            if exposed is not None:
-                if self._staged is not None:
-                    watch(exposed)
-                    self._record_use(self._staged.fetched)
-                return exposed
+            if self._staged is not None and weight.staged is not None:
+                watch(weight.staged)
+                self._device.wait(self._staged.fetched.ready)
+                self._device.record_use(weight.staged)
+                return weight.staged
+            if weight.exposed is not None:  # the layer has become resident while this thread waited
+                return weight.exposed
             return self._computable(weight, differentiable=self._wants_gradients())
 
     # -- being fetched ahead: read by the prefetcher without this layer's lock -----------------------
@@ -143,6 +157,8 @@ class Residency(Resting):
         lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
         if lease is None and self.schedule is not None and self.schedule.displaces_idle(self):
             lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
+        if lease is not None and self._rests_on_device:
+            self._device.finished()  # see Note [Weights that rest on the device]
         return lease
 
     def at_rest(self) -> MadeFrom:
@@ -176,17 +192,19 @@ class Residency(Resting):
         """Let the model hold copies for a computation, unless it does already."""
         before = self._staged
         if before is not None and (before.is_differentiable or not differentiable):
-            self._device.wait(before.fetched.ready)  # made by a thread whose queue may be another one
-            return
-        fetched = None if differentiable else self._take_fetched()
-        if fetched is None:
-            fetched = self._fetch_now(None if before is None else before.lease, differentiable)
-        self._device.wait(fetched.ready)
-        if before is not None:  # its memory is about to be free, and others compute with it
-            self._device.synchronize()
+            fetched = before.fetched
+            self._device.wait(fetched.ready)  # made by a thread whose queue may be another one
+        else:
+            ahead = None if differentiable else self._take_fetched()
+            fetched = ahead or self._fetch_now(None if before is None else before.lease, differentiable)
+            self._device.wait(fetched.ready)
+            if before is not None:  # others compute, and have not waited for this one
+                self._device.synchronize()
+            self._staged = StagedCopy.show(
+                self.weights, fetched, differentiable=differentiable, replaced=before
+            )
         if torch.is_grad_enabled():  # autograd may save them for the backward pass
             self._record_use(fetched)
-        self._staged = StagedCopy.show(self.weights, fetched, differentiable=differentiable)
 
     def _record_use(self, fetched: Fetched) -> None:
         for tensor in fetched.tensors:
@@ -211,8 +229,11 @@ class Residency(Resting):
 
         def fetch() -> tuple[list[Tensor], Mark]:
             if not differentiable:
+                if self._rests_on_device:
+                    self._device.finished()  # see Note [Weights that rest on the device]
                 return self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
-            return [self._computable(weight, differentiable=True) for weight in self.weights], None
+            tensors = [self._computable(weight, differentiable=True) for weight in self.weights]
+            return tensors, self._device.mark()
 
         try:
             tensors, ready = self.budget.retrying(fetch, layer=self.name, doing="bringing the weights of")
@@ -235,7 +256,7 @@ class Residency(Resting):
 
     def _copy_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         device, placement = self._device, self.policy.computation
-        with device.aside():
+        with device.aside(), torch.inference_mode(False):  # others may compute with them later
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
 

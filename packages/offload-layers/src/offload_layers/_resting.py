@@ -72,7 +72,8 @@ class Resting:
         self.counters = Counters()
         self._shared = SharedCopies() if schedule is None else schedule.shared
         self._lock = threading.RLock()
-        self._users = 0
+        self._users = 0  # those that compute with the weights, and those that read them from outside
+        self._callers = 0  # only those that compute
         self._staged: StagedCopy | None = None
         self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
         self._kept: Fetched | None = None
@@ -80,6 +81,8 @@ class Resting:
         self.holds_beside = False
         self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
+        if self._rests_on_device:
+            self._device.synchronize()  # see Note [Any stream may compute]
         self._expose_if_resident()
         self._register_with_budget()
         for weight in weights:
@@ -122,6 +125,12 @@ class Resting:
     @property
     def _device(self) -> Device:
         return device_of(self.policy.computation.device)
+
+    @property
+    def _rests_on_device(self) -> bool:
+        """Whether the device that computes has the weights at rest, be it in another dtype."""
+        there = self.policy.computation.device
+        return any(parameter.device == there for parameter in self._tiers.top)
 
     @property
     def leased_nbytes(self) -> int:
@@ -268,6 +277,7 @@ class Resting:
             self._tiers.rehome(parameters)
             if placement is not None:
                 self._move_buffers(placement.device)
+                device_of(placement.device).synchronize()  # see Note [Any stream may compute]
 
     def hold_beside(self, nbytes: int) -> None:
         """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
@@ -290,9 +300,11 @@ class Resting:
             state = self.state
             self._drop_to(State.OFFLOAD)
             self._hide()
+            self._device.synchronize()  # copies of these values may be under way
             try:
                 yield self._tiers.top
             finally:
+                self._device.synchronize()  # see Note [Any stream may compute]
                 self._expose_if_resident()
                 self.climb_to(state)
 
@@ -381,7 +393,6 @@ class Resting:
                     doing="bringing the weights of",
                 )
             if placement.device == self.policy.computation.device:
-                self._device.synchronize()  # see Note [Any stream may compute]
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
         except BaseException:
             if lease is not None:
@@ -393,9 +404,12 @@ class Resting:
     def _drop_to(self, state: State) -> None:
         homes = list(self._tiers.homes)
         while self._tiers.height > HEIGHT[state]:
-            if self.resident:
+            is_on_device = self._rests_on_device
+            self._hide()  # before the host waits: other threads go on
+            if is_on_device:
                 self._device.synchronize()
-            self._hide()
+                for parameter in self._tiers.top:  # somebody may have read it, or autograd have saved it
+                    self._device.record_use(parameter)
             self._tiers.pop()
         self._expose_if_resident()
         for home, kept in zip(homes, self._tiers.homes, strict=True):
@@ -450,7 +464,10 @@ class Resting:
         for slot in self.buffers:
             buffer = slot.module._buffers[slot.name]
             if buffer is not None and buffer.device != device:
-                slot.module._buffers[slot.name] = buffer.to(device)
+                if buffer.device == self.policy.computation.device:
+                    self._device.synchronize()  # see Note [Any stream may compute]
+                with torch.inference_mode(False):  # they outlive the forward that needs them there
+                    slot.module._buffers[slot.name] = buffer.to(device)
 
     def __repr__(self) -> str:
         placement = self.policy[self.state]

@@ -40,10 +40,10 @@ class Scheduled(Fetchable, Staying, Protocol):
 
     keeps_staged: bool
 
-    def enter(self) -> None:
+    def enter(self, work: float, calls: bool) -> None:
         """Stage the weights."""
 
-    def leave(self) -> None:
+    def leave(self, calls: bool) -> None:
         """End what ``enter`` began."""
 
 
@@ -117,7 +117,10 @@ class Schedule:
 
     def hold(self, layer: Scheduled) -> None:
         """Keep *layer* staged until another layer is used: its weights are being read from outside."""
-        layer.enter()
+        held = self._held
+        if held is not None and held() is layer:
+            return
+        layer.enter(0.0, False)
         with self._lock:
             before, self._held = self._held, weakref.ref(layer)
         self._leave(before)
@@ -136,7 +139,7 @@ class Schedule:
     def _leave(held: "weakref.ref[Scheduled] | None") -> None:
         layer = None if held is None else held()
         if layer is not None:
-            layer.leave()
+            layer.leave(False)
 
     # -- staying ------------------------------------------------------------------------------------
 

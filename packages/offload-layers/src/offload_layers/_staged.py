@@ -19,10 +19,12 @@ class StagedCopy:
     Attributes:
         fetched: The copies, and the bytes borrowed for them.
         is_differentiable: Whether gradients flow through it to the parameters at rest.
+        replaced: Shown before it, and still in use by those who began to compute then.
     """
 
     fetched: Fetched
     is_differentiable: bool
+    replaced: "StagedCopy | None"
     _made_as: list[Fingerprint]
 
     @property
@@ -31,11 +33,18 @@ class StagedCopy:
         return self.fetched.lease
 
     @classmethod
-    def show(cls, weights: list[Weight], fetched: Fetched, *, differentiable: bool) -> "StagedCopy":
+    def show(
+        cls,
+        weights: list[Weight],
+        fetched: Fetched,
+        *,
+        differentiable: bool,
+        replaced: "StagedCopy | None" = None,
+    ) -> "StagedCopy":
         """Let the model hold the tensors of *fetched*."""
         for weight, tensor in zip(weights, fetched.tensors, strict=True):
             weight.stage(tensor)
-        return cls(fetched, differentiable, [fingerprint(tensor) for tensor in fetched.tensors])
+        return cls(fetched, differentiable, replaced, [fingerprint(tensor) for tensor in fetched.tensors])
 
     def changed(
         self, weights: list[Weight], fresh: Callable[[Weight], Tensor]

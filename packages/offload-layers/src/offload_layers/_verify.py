@@ -190,8 +190,8 @@ class _Checker:
         """Look at the weights of *layer* each time that they are brought."""
         entering = layer.enter
 
-        def enter(work: float = 0.0) -> None:
-            entering(work)
+        def enter(work: float = 0.0, calls: bool = True) -> None:
+            entering(work, calls)
             self._look_at(layer)
 
         layer.__dict__["enter"] = enter  # costs nothing outside of this block
@@ -202,9 +202,9 @@ class _Checker:
 
     def _look_at(self, layer: Residency) -> None:
         for weight in layer.weights:
-            exposed = weight.exposed
-            if exposed is not None:
-                self._note(weight.name, exposed.detach(), due_values(layer, weight))
+            brought = weight.exposed if weight.staged is None else weight.staged
+            if brought is not None:
+                self._note(weight.name, brought.detach(), due_values(layer, weight))
                 self.checked.add(layer)
 
 

@@ -105,16 +105,24 @@ class Weight:
         for slot in self.slots:
             slot.module.__dict__[slot.name] = tensor
 
+    @property
+    def staged(self) -> Tensor | None:
+        """What the model holds for the time of a computation."""
+        return None if self._covered is None else self.held
+
     def stage(self, tensor: Tensor) -> None:
         """Let the model hold *tensor* while it computes, as the plain model would."""
         self._covered = self.registered
-        self.expose(tensor)
         self.register(tensor)  # type: ignore[arg-type]  # no leaf when gradients must flow back
+
+    def conceal(self) -> None:
+        """Leave reading the attribute to the descriptor."""
+        for slot in self.slots:
+            slot.module.__dict__.pop(slot.name, None)
 
     def hide(self) -> None:
         """Let the model hold what it holds at rest, and leave reading the attribute to the descriptor."""
-        for slot in self.slots:
-            slot.module.__dict__.pop(slot.name, None)
+        self.conceal()
         if self._covered is not None:
             self.register(self._covered)
             self._covered = None
