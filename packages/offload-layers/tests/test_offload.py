@@ -18,6 +18,7 @@ from offload_layers import (
     MissingTensorError,
     Offloaded,
     Rates,
+    ShapeMismatchError,
     State,
     offload,
     reset_counters,
@@ -288,6 +289,38 @@ def test_refused_with_nothing_changed(
 
 
 def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.rotary = nn.Linear(4, 4), nn.BatchNorm1d(4), Rotary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x))  # type: ignore[no-any-return]
+
+
+def test_a_buffer_of_another_shape_is_refused() -> None:
+    model, state = Normalised(), Normalised().state_dict()
+    state["norm.running_mean"] = torch.zeros(7)
+    with pytest.raises(ShapeMismatchError, match=r'tensor "norm\.running_mean" has shape \(7,\)'):
+        offload(model, device="cpu", ram="1MB", source=state)
+    assert type(model.layer) is nn.Linear
+    assert model.norm.running_mean.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "missing", ["norm.running_mean", "rotary.table"], ids=["persistent", "not persistent"]
+)
+def test_a_buffer_without_values_is_refused(missing: str) -> None:
+    model, state = Normalised(), Normalised().state_dict()
+    name, _, key = missing.partition(".")
+    buffers = getattr(model, name)._buffers
+    buffers[key] = buffers[key].to("meta")
+    state.pop(missing, None)
+    with pytest.raises(MissingTensorError, match=f'buffer "{missing}" has no values, and no source gives'):
+        offload(model, device="cpu", ram="1MB", source=state)
+    assert type(model.layer) is nn.Linear
+
+
     net = skeleton()
     before = {name: id(parameter) for name, parameter in net.named_parameters()}
     source = checkpoint()

@@ -17,7 +17,7 @@ from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mappin
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
-from offload_layers._manage import load_unmanaged
+from offload_layers._manage import check_buffers, load_unmanaged
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
@@ -75,13 +75,15 @@ def offload(
     Raises:
         ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen; nothing
             was changed.
-        MissingTensorError: a parameter has neither values nor a tensor in *source*.
+        MissingTensorError: a parameter or buffer has neither values nor a tensor in *source*.
+        ShapeMismatchError: *source* has a tensor of another shape.
     """
     target = parse_device(device)
     _check_dtypes(dtype, storage_dtype)
     given = check_source(source)
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
+    check_buffers(model, checked)
     sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
     ahead = _fetches_ahead(target, checked)
     work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
