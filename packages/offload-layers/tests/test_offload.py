@@ -20,6 +20,7 @@ from offload_layers import (
     Rates,
     ShapeMismatchError,
     State,
+    disable_vram_management,
     offload,
     reset_counters,
 )
@@ -375,6 +376,53 @@ def test_the_model_says_where_it_computes() -> None:
     assert handle.remove() is net
     assert type(net) is Library
     assert torch.equal(net(IDS), oracle(IDS))
+
+
+def test_a_model_that_cannot_be_given_back_there_is_managed_as_before() -> None:
+    net = skeleton()
+    net.__class__ = Library
+    handle = offload(net, device="cpu", ram="40kB", source=checkpoint())
+    with pytest.raises(ConfigError, match="device 'nowhere' is no device"):
+        handle.remove("nowhere")
+    assert net.device == torch.device("cpu")  # type: ignore[comparison-overlap]
+    assert torch.equal(handle(IDS), plain()(IDS))
+    assert type(handle.remove("cpu")) is Library
+
+
+def test_a_source_that_fails_while_a_model_is_given_back() -> None:
+    net, source = skeleton(), checkpoint()
+    net.__class__ = Library
+    handle = offload(net, device="cpu", ram="40kB", source=source)
+    source.failing.add("token")
+    with pytest.raises(OSError, match="the disk is gone"):
+        handle.remove()
+    assert net.device == torch.device("cpu")  # type: ignore[comparison-overlap]
+    source.failing.clear()
+    assert torch.equal(handle.remove()(IDS), plain()(IDS))
+    assert type(net) is Library
+
+
+def test_a_copy_of_the_handle_is_of_a_copy_of_the_model() -> None:
+    handle = offload(Normalised(), device="cpu", ram="1MB", source=Normalised().state_dict())
+    twin = copy.deepcopy(handle)
+    handle.remove()
+    twin.set_vram(200)
+    twin.offload()
+    twin.onload()
+    assert [layer.vram_limit for layer in twin.model.modules() if isinstance(layer, AutoTorchModule)] == [
+        200 / 2**30,
+        200 / 2**30,
+    ]
+    assert twin.report().report.limit_nbytes == 200
+    twin.remove()
+
+
+def test_a_model_that_was_given_back_past_its_handle() -> None:
+    handle = offload(Normalised(), device="cpu", ram="1MB")
+    disable_vram_management(handle.model)
+    with pytest.raises(ConfigError, match="Normalised was given back"):
+        handle.report()
+    assert handle.remove() is handle.model
 
 
 @pytest.mark.parametrize("ram", ["1GB", 120_000, 40_000])

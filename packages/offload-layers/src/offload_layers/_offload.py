@@ -110,7 +110,7 @@ def offload(
     Schedule.keep_small([layer._owner() for layer in layers])
     move_buffers(model, target)
     present(model, target)
-    handle = Offloaded(model, plan, layers)
+    handle = Offloaded(model, plan)
     handle.onload()
     if not any(layer.tier is Tier.DISK for layer in plan.layers):
         trim(checked)
