@@ -267,7 +267,7 @@ def test_copies_are_ahead_on_a_device_with_a_bus() -> None:
         (
             {"ram": 100},
             ConfigError,
-            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but vram is 100 B\. Give at least 33',
+            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but ram is 100 B\. Give at least 33',
         ),
         ({"ram": "1G"}, ConfigError, "ram='1G' has the unknown unit"),
         ({"dtype": "bf16"}, ConfigError, "dtype must be a torch.dtype or None; got 'bf16'"),
@@ -289,7 +289,6 @@ def test_refused_with_nothing_changed(
     assert not any(isinstance(module, AutoTorchModule) for module in net.modules())
 
 
-def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 class Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -322,6 +321,7 @@ def test_a_buffer_without_values_is_refused(missing: str) -> None:
     assert type(model.layer) is nn.Linear
 
 
+def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = skeleton()
     before = {name: id(parameter) for name, parameter in net.named_parameters()}
     source = checkpoint()

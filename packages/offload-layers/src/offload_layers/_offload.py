@@ -19,14 +19,14 @@ from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
 from offload_layers._manage import check_buffers, load_unmanaged
 from offload_layers._managed import ManagedModule, detach
-from offload_layers._placement import DISK, Placement, Policy, parse_device
+from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
 from offload_layers._presented import present
 from offload_layers._probe import probe
 from offload_layers._rates import Rates
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
-from offload_layers._source import Source, check_source, offered, trim, with_ties
+from offload_layers._source import Source, check_source, is_source, offered, trim, with_ties
 from offload_layers._tier import Tier
 from offload_layers._trace import Inputs
 from offload_layers._work import Work, measure_work
@@ -79,8 +79,8 @@ def offload(
         ShapeMismatchError: *source* has a tensor of another shape.
     """
     target = parse_device(device)
-    _check_dtypes(dtype, storage_dtype)
-    given = check_source(source)
+    _check_arguments(dtype, storage_dtype, rows)
+    given = check_source(source, setting="source")
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
     check_buffers(model, checked)
@@ -154,31 +154,45 @@ def plan(
         ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen.
     """
     target = parse_device(device)
-    _check_dtypes(dtype, storage_dtype)
+    _check_arguments(dtype, storage_dtype, rows)
     file = work = None
     ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
-        given = check_source(source)
-        ahead = _fetches_ahead(target, given)
+        given = check_source(source, setting="source")
+        checked = None if given is None else with_ties(given, model)
+        ahead = _fetches_ahead(target, checked)
         found = _find(model)
-        sizes = [size_of(layer, given, dtype, storage_dtype) for layer in found]
+        sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
         file = _file_of(given)
         if inputs is not None:
-            work = _work(model, inputs, found, target, dtype, given)
+            work = _work(model, inputs, found, target, dtype, checked)
     elif inputs is not None:
         raise ConfigError(
             f"inputs are of a model, but what is planned is a {type(model).__name__}; pass rows"
         )
-    elif isinstance(model, Mapping):
+    elif is_source(model):
         ahead = _fetches_ahead(target, model)
         sizes = sizes_of_mapping(model, dtype, storage_dtype)
     else:
-        files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+        files = _paths(model)
         sizes = sizes_of_files(files, dtype, storage_dtype)
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
     return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+
+
+def _paths(given: object) -> list[str | os.PathLike[str]]:
+    several = isinstance(given, Iterable) and not isinstance(given, (str, os.PathLike))
+    found: list[object] = [*given] if several else [given]  # type: ignore[misc]
+    paths = [path for path in found if isinstance(path, (str, os.PathLike))]
+    if not paths or len(paths) < len(found):
+        what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+        raise ConfigError(
+            "what is planned must be a torch.nn.Module, a mapping of names to tensors, or paths of "
+            f"safetensors files; got {what}"
+        )
+    return paths
 
 
 def _work(
@@ -286,10 +300,13 @@ def _policy(
     return Policy(DISK, host if on_host else DISK, computation, computation)
 
 
-def _check_dtypes(dtype: object, storage_dtype: object) -> None:
+def _check_arguments(dtype: torch.dtype | None, storage_dtype: torch.dtype | None, rows: int) -> None:
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ConfigError(f"rows must be a whole number, 1 or more; got {rows!r}")
     for name, value in (("dtype", dtype), ("storage_dtype", storage_dtype)):
         if value is not None and not isinstance(value, torch.dtype):
             raise ConfigError(f"{name} must be a torch.dtype or None; got {value!r}")
+        check_keeps_values(value, setting=name)
     if storage_dtype in FP8 and dtype is None:
         raise ConfigError(
             f"storage_dtype {storage_dtype} needs a dtype to compute in, e.g. dtype=torch.bfloat16"

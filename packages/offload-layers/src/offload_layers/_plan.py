@@ -158,6 +158,11 @@ class Plan:
         )
         return kept + _passing_host(from_disk)
 
+    @property
+    def of_what(self) -> str:
+        """What a forward is predicted for, in words."""
+        return f"of {self.rows:,} rows" if self.work is None else "on these inputs"
+
     def predict(self) -> Prediction | None:
         """Return the seconds of one forward once everything is in place; None without rates."""
         rates = self.rates
@@ -180,13 +185,16 @@ class Plan:
         return Prediction(compute, bus, disk, max(busy, disk))
 
     def with_more(self, *, vram: int = 0, ram: int = 0) -> "Plan":
-        """Return the plan for so many more bytes of memory."""
+        """Return the plan for so many more bytes of memory; of either on a CPU, where there is one."""
         sizes = [layer.size for layer in self.layers]
+        is_one = self.device.type == "cpu"
+        more_vram = self.vram + vram + (ram if is_one else 0)
+        more_ram = max(self.ram + ram, more_vram if is_one else 0)
         return make_plan(
             sizes,
             device=self.device,
-            vram=self.vram + vram,
-            ram=self.ram + ram,
+            vram=more_vram,
+            ram=more_ram,
             rows=self.rows,
             rates=self.rates,
             foreign_nbytes=self.foreign_nbytes,
@@ -195,7 +203,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, texts and lists."""
+        """Return everything in types that JSON has; a rate without an end is None."""
         prediction = self.predict()
         return {
             "device": str(self.device),
@@ -208,7 +216,7 @@ class Plan:
             "peak_device_nbytes": self.peak_device_nbytes,
             "peak_host_nbytes": self.peak_host_nbytes,
             "activations_nbytes": None if self.work is None else self.work.activations_nbytes,
-            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            "rates": None if self.rates is None else self.rates.to_dict(),
             "prediction": None if prediction is None else dataclasses.asdict(prediction),
             "layers": [{**dataclasses.asdict(x.size), "tier": x.tier.value} for x in self.layers],
         }
@@ -235,9 +243,8 @@ class Plan:
             lines[-1] += f", {format_size(self.peak_host_nbytes)} in host memory"
         prediction = self.predict()
         if prediction is not None:
-            of = f"of {self.rows:,} rows" if self.work is None else "on these inputs"
             lines.append(
-                f"  one forward {of}: {prediction.total_s:.3g} s (computation "
+                f"  one forward {self.of_what}: {prediction.total_s:.3g} s (computation "
                 f"{prediction.compute_s:.3g} s, bus {prediction.bus_s:.3g} s, disk {prediction.disk_s:.3g} s)"
             )
             lines += self._more()
@@ -247,11 +254,11 @@ class Plan:
         """Say what more memory would give, where it would give at least a twentieth."""
         now, lines = self.predict(), []
         assert now is not None
+        is_one = self.device.type == "cpu"
+        kinds = [_limiting(self.device, self.vram, self.ram)] if is_one else ["vram", "ram"]
         for more in (2 * 10**9, 4 * 10**9, 8 * 10**9):
-            for what, given in (("vram", {"vram": more}), ("ram", {"ram": more})):
-                if what == "ram" and self.device.type == "cpu":
-                    continue
-                then = self.with_more(**given).predict()
+            for what in kinds:
+                then = self.with_more(**{what: more}).predict()
                 assert then is not None
                 if then.total_s < 0.95 * now.total_s:
                     lines.append(
@@ -286,9 +293,10 @@ def make_plan(
     if largest.nbytes > room:
         taken = [f"{format_size(foreign_nbytes)} are taken by others"] if foreign_nbytes else []
         taken += [f"{format_size(beside_nbytes)} are needed for activations"] if beside_nbytes else []
+        given = f"{_limiting(device, vram, ram)} is {format_size(vram)}{', of which ' if taken else ''}"
         raise ConfigError(
             f'layer "{largest.name}" needs {format_size(largest.nbytes)} on {device} while it computes, but '
-            f"vram is {format_size(vram)}{', of which ' if taken else ''}{' and '.join(taken)}. Give at "
+            f"{given}{' and '.join(taken)}. Give at "
             f"least {format_size(largest.nbytes + foreign_nbytes + beside_nbytes)}."
         )
     _check_host(sizes, device, ram)
@@ -306,6 +314,11 @@ def make_plan(
     ]
     layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
     return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead, work)
+
+
+def _limiting(device: torch.device, vram: int, ram: int) -> str:
+    """Return which argument limits the weights on the device: on a CPU the smaller of both."""
+    return "ram" if device.type == "cpu" and ram <= vram else "vram"
 
 
 def _beside_nbytes(device: torch.device, work: Work | None) -> int:
