@@ -185,6 +185,34 @@ def test_without_a_source_weights_stay_in_memory() -> None:
     assert net.blocks[0][1].weight.data_ptr() == weight.data_ptr()
 
 
+@pytest.mark.parametrize("ram", range(24_000, 48_000, 4000))
+@pytest.mark.parametrize("in_source", [0, 3, 6])
+@pytest.mark.parametrize("storage_dtype", [None, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_what_rests_and_what_is_copied_are_in_the_given_memory(
+    ram: int, in_source: int, storage_dtype: torch.dtype | None
+) -> None:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    source = CountingSource({k: v for k, v in model.state_dict().items() if int(k[0]) < in_source})
+    try:
+        offload(model, device="cpu", ram=ram, source=source, dtype=torch.float32, storage_dtype=storage_dtype)
+    except ConfigError:
+        assert ram < 6 * (WIDTH + 1) * WIDTH * 4  # the whole model would fit
+        return
+    held: list[int] = []
+
+    def count(*_: object) -> None:
+        layers = residencies(model)
+        homes = [home for layer in layers for home in layer._tiers.homes if not home.is_meta]
+        held.append(sum(home.nbytes for home in homes) + sum(layer.leased_nbytes for layer in layers))
+
+    for layer in model:
+        layer.register_forward_pre_hook(count)
+        layer.register_forward_hook(count)
+    for _ in range(3):
+        model(torch.zeros(1, WIDTH))
+    assert max(held) <= ram
+
+
 def test_another_dtype_to_compute_in() -> None:
     net, oracle = skeleton(), plain()
     handle = offload(net.blocks, device="cpu", ram="1GB", source=_part("blocks."), dtype=torch.float64)

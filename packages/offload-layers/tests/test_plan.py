@@ -43,9 +43,27 @@ def test_the_device_first_then_the_host_then_the_disk() -> None:
 
 
 def test_on_a_cpu_there_is_one_memory() -> None:
-    assert counts(make(device=CPU, ram=0)) == (14, 0, 26)
+    assert counts(make(device=CPU, ram=8 * GB)) == (14, 0, 26)
     with pytest.raises(ConfigError, match=r"20 GB of host memory are needed \(the weights of 40 layers"):
         make(device=CPU, on_disk=False)
+
+
+def test_on_a_cpu_what_rests_there_takes_of_the_one_memory() -> None:
+    def planned(ram: int, stored: int, on_disk: int) -> Plan:
+        sizes = [LayerSize(str(i), GB // 2, GB, stored, is_on_disk=i < on_disk) for i in range(8)]
+        return make_plan(sizes, device=CPU, vram=ram, ram=ram, rows=1, rates=None)
+
+    for ram in range(6 * GB, 12 * GB, GB // 2):
+        for stored, on_disk in ((GB, 4), (GB // 2, 0), (GB // 2, 3)):
+            plan = planned(ram, stored, on_disk)
+            assert plan.peak_device_nbytes <= ram
+            assert plan.resting_nbytes + plan.limit_nbytes <= ram
+    assert counts(planned(6 * GB, GB // 2, 0)) == (0, 8, 0)
+    assert counts(planned(8 * GB, GB // 2, 0)) == (8, 0, 0)  # and none of them is stored as well
+    assert counts(planned(8 * GB, 2 * GB, 0)) == (8, 0, 0)
+    assert counts(planned(5 * GB, GB, 4)) == (4, 0, 4)
+    with pytest.raises(ConfigError, match=r'"0" .* ram is 4 GB, of which 4 GB are .* Give at least 5 GB\.'):
+        planned(4 * GB, GB // 2, 0)
 
 
 def test_peaks() -> None:

@@ -1,5 +1,6 @@
 """The handle of a model that is managed as a whole: run it, move it, ask what it costs, and give it back."""
 
+import dataclasses
 import time
 from types import TracebackType
 from typing import Any
@@ -73,7 +74,8 @@ class Offloaded:
 
     def set_vram(self, vram: Size) -> None:
         """Let the model use another amount of the device's memory from its next forward on."""
-        limit = vram_limit(vram, self.plan.device, self.plan.ram)
+        given = vram_limit(vram, self.plan.device, self.plan.ram)
+        limit = dataclasses.replace(self.plan, vram=given).limit_nbytes
         for layer in self._managed():
             layer._owner().limit = limit
 

@@ -97,9 +97,15 @@ def offload(
     layers: list[AutoTorchModule] = []
     try:
         for layer, planned in zip(found, plan.layers, strict=True):
-            policy = _policy(planned.tier, computation, storage_dtype, checked)
+            its_source = checked if layer.is_in(checked) else None
+            policy = _policy(planned.tier, computation, storage_dtype, its_source)
             managed: Any = layer.face._manage(
-                layer.module, policy, name=layer.name, source=checked, limit=plan.vram, schedule=schedule
+                layer.module,
+                policy,
+                name=layer.name,
+                source=checked,
+                limit=plan.limit_nbytes,
+                schedule=schedule,
             )
             layers.append(managed)
         if checked is not None:
