@@ -22,6 +22,7 @@ from offload_layers import (
     State,
     disable_vram_management,
     offload,
+    plan,
     reset_counters,
 )
 from offload_layers._budget import budget_of
@@ -211,6 +212,17 @@ def test_what_rests_and_what_is_copied_are_in_the_given_memory(
     for _ in range(3):
         model(torch.zeros(1, WIDTH))
     assert max(held) <= ram
+
+
+def test_weights_that_are_in_memory_need_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_layers._offload.available_ram", lambda: 1000)
+    held = sum(p.nbytes for layer in find_layers(plain()) for p in layer.parameters())  # ties count twice
+    rates = Rates(1e9, 1e9, 1e9, 1e9)
+    assert offload(plain(), device="cpu").plan.ram == held + 800
+    assert plan(plain(), device="cpu", rates=rates).ram == held + 800
+    assert plan(skeleton(), device="cpu", rates=rates, ram="1MB").ram == 1_000_000
+    with pytest.raises(ConfigError, match="but ram is 800 B"):
+        plan(skeleton(), device="cpu", rates=rates, source=checkpoint())
 
 
 def test_another_dtype_to_compute_in() -> None:

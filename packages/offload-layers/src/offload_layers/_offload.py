@@ -61,7 +61,8 @@ def offload(
         device: Where it computes.
         vram: Memory of the device that may be in use for weights: ``"8GB"``, ``"7.5 GiB"``, bytes, or
             ``"auto"``. On a CPU there is one memory, and it is *ram* that counts.
-        ram: Memory of the host for weights, likewise.
+        ram: Memory of the host for weights, likewise. ``"auto"`` adds what weights take that are there
+            already and stay.
         source: Mapping from names to tensors, e.g. ``safemap.DiskMap``. Without one, weights stay in memory.
         dtype: In which the model computes; None: each weight in its own. Buffers keep theirs.
         storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
@@ -89,7 +90,8 @@ def offload(
     work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
     if rates is None and inputs is not None:
         rates = probe(target, file=_file_of(given), dtype=dtype or _computed_in(sizes))
-    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+    held = _held_nbytes(found, sizes)
+    plan = _plan(sizes, target, vram, ram, held, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
     schedule = Schedule(plan.beside_nbytes)
     computation = Placement(target, dtype)
@@ -162,6 +164,7 @@ def plan(
     target = parse_device(device)
     _check_arguments(dtype, storage_dtype, rows)
     file = work = None
+    held = 0
     ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
         given = check_source(source, setting="source")
@@ -169,6 +172,7 @@ def plan(
         ahead = _fetches_ahead(target, checked)
         found = _find(model)
         sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
+        held = _held_nbytes(found, sizes)
         file = _file_of(given)
         if inputs is not None:
             work = _work(model, inputs, found, target, dtype, checked)
@@ -185,7 +189,7 @@ def plan(
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
-    return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+    return _plan(sizes, target, vram, ram, held, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
 
 def _paths(given: object) -> list[str | os.PathLike[str]]:
@@ -236,13 +240,14 @@ def _plan(
     device: torch.device,
     vram: Size,
     ram: Size,
+    held: int,
     *,
     rows: int,
     rates: Rates | None,
     fetches_ahead: bool,
     work: Work | None,
 ) -> Plan:
-    host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
+    host = held + int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
     limit = vram_limit(vram, device, host)
     foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
     return make_plan(
@@ -256,6 +261,13 @@ def _plan(
         fetches_ahead=fetches_ahead,
         work=work,
     )
+
+
+def _held_nbytes(found: list[Found], sizes: list[LayerSize]) -> int:
+    """Return the bytes of weights that are in host memory already, and stay there, as a plan counts them."""
+    kept = [layer for layer, size in zip(found, sizes, strict=True) if not size.is_on_disk]
+    held = [p for layer in kept for p in layer.parameters() if p.device.type == "cpu"]
+    return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
 
 def _find(model: nn.Module) -> list[Found]:
