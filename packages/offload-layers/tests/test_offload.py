@@ -214,6 +214,28 @@ def test_what_rests_and_what_is_copied_are_in_the_given_memory(
     assert max(held) <= ram
 
 
+def test_what_is_fetched_ahead_is_used_where_gradients_are_recorded() -> None:
+    """Weights on disk get none, so that the copies are the same."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    one = WIDTH * (WIDTH + 1) * 4
+    source = CountingSource(model.state_dict())
+    handle = offload(model, device="cpu", ram=3 * one, source=source)
+    x = torch.zeros(1, WIDTH, requires_grad=True)
+    with torch.enable_grad():
+        for _ in range(3):
+            model(x)
+        source.reads.clear()
+        reset_counters(model)
+        model(x).sum().backward()
+    handle.offload()  # what was fetched for the next forward is dropped
+    report = handle.report().report
+    assert report.peak_nbytes <= 3 * one
+    assert len(source.reads) < 2 * len(source)
+    assert report.total.hits + report.total.waits > 0
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_weights_that_are_in_memory_need_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_layers._offload.available_ram", lambda: 1000)
     held = sum(p.nbytes for layer in find_layers(plain()) for p in layer.parameters())  # ties count twice
