@@ -178,6 +178,22 @@ def test_a_folder_with_a_space(root: Path) -> None:
     assert memory_limit(root) == 4 * GB
 
 
+def test_a_group_whose_name_is_escaped(root: Path) -> None:
+    """As those of systemd are: it writes a dash in the name of a device as a backslash and ``x2d``."""
+    member(root, r"0::/a\x2db/inner", mounts=(V2.replace("0:27 /", r"0:27 /a\134x2db"),))
+    group_v2(root, "", GB, max=8 * GB)
+    group_v2(root, "inner", GB, max=4 * GB)
+    assert memory_limit(root) == 4 * GB
+
+
+def test_folders_with_names_in_another_encoding(root: Path) -> None:
+    member(root, "0::/", mounts=(V2,))
+    group_v2(root, "", GB, max=4 * GB)
+    with (root / "proc/self/mountinfo").open("ab") as file:
+        file.write(b"40 23 8:1 / /media/caf\xe9 rw - vfat /dev/sdb1 rw\n")
+    assert memory_limit(root) == 4 * GB
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux is asked")
 def test_this_machine() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

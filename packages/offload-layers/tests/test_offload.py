@@ -18,8 +18,11 @@ from offload_layers import (
     MissingTensorError,
     Offloaded,
     Rates,
+    ShapeMismatchError,
     State,
+    disable_vram_management,
     offload,
+    plan,
     reset_counters,
 )
 from offload_layers._budget import budget_of
@@ -183,6 +186,67 @@ def test_without_a_source_weights_stay_in_memory() -> None:
     assert net.blocks[0][1].weight.data_ptr() == weight.data_ptr()
 
 
+@pytest.mark.parametrize("ram", range(24_000, 48_000, 4000))
+@pytest.mark.parametrize("in_source", [0, 3, 6])
+@pytest.mark.parametrize("storage_dtype", [None, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_what_rests_and_what_is_copied_are_in_the_given_memory(
+    ram: int, in_source: int, storage_dtype: torch.dtype | None
+) -> None:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    source = CountingSource({k: v for k, v in model.state_dict().items() if int(k[0]) < in_source})
+    try:
+        offload(model, device="cpu", ram=ram, source=source, dtype=torch.float32, storage_dtype=storage_dtype)
+    except ConfigError:
+        assert ram < 6 * (WIDTH + 1) * WIDTH * 4  # the whole model would fit
+        return
+    held: list[int] = []
+
+    def count(*_: object) -> None:
+        layers = residencies(model)
+        homes = [home for layer in layers for home in layer._tiers.homes if not home.is_meta]
+        held.append(sum(home.nbytes for home in homes) + sum(layer.leased_nbytes for layer in layers))
+
+    for layer in model:
+        layer.register_forward_pre_hook(count)
+        layer.register_forward_hook(count)
+    for _ in range(3):
+        model(torch.zeros(1, WIDTH))
+    assert max(held) <= ram
+
+
+def test_what_is_fetched_ahead_is_used_where_gradients_are_recorded() -> None:
+    """Weights on disk get none, so that the copies are the same."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    one = WIDTH * (WIDTH + 1) * 4
+    source = CountingSource(model.state_dict())
+    handle = offload(model, device="cpu", ram=3 * one, source=source)
+    x = torch.zeros(1, WIDTH, requires_grad=True)
+    with torch.enable_grad():
+        for _ in range(3):
+            model(x)
+        source.reads.clear()
+        reset_counters(model)
+        model(x).sum().backward()
+    handle.offload()  # what was fetched for the next forward is dropped
+    report = handle.report().report
+    assert report.peak_nbytes <= 3 * one
+    assert len(source.reads) < 2 * len(source)
+    assert report.total.hits + report.total.waits > 0
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weights_that_are_in_memory_need_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_layers._offload.available_ram", lambda: 1000)
+    held = sum(p.nbytes for layer in find_layers(plain()) for p in layer.parameters())  # ties count twice
+    rates = Rates(1e9, 1e9, 1e9, 1e9)
+    assert offload(plain(), device="cpu").plan.ram == held + 800
+    assert plan(plain(), device="cpu", rates=rates).ram == held + 800
+    assert plan(skeleton(), device="cpu", rates=rates, ram="1MB").ram == 1_000_000
+    with pytest.raises(ConfigError, match="but ram is 800 B"):
+        plan(skeleton(), device="cpu", rates=rates, source=checkpoint())
+
+
 def test_another_dtype_to_compute_in() -> None:
     net, oracle = skeleton(), plain()
     handle = offload(net.blocks, device="cpu", ram="1GB", source=_part("blocks."), dtype=torch.float64)
@@ -265,7 +329,7 @@ def test_copies_are_ahead_on_a_device_with_a_bus() -> None:
         (
             {"ram": 100},
             ConfigError,
-            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but vram is 100 B\. Give at least 33',
+            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but ram is 100 B\. Give at least 33',
         ),
         ({"ram": "1G"}, ConfigError, "ram='1G' has the unknown unit"),
         ({"dtype": "bf16"}, ConfigError, "dtype must be a torch.dtype or None; got 'bf16'"),
@@ -285,6 +349,38 @@ def test_refused_with_nothing_changed(
         offload(net, **{"device": "cpu", "ram": "1GB", "source": checkpoint()} | arguments)
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == before
     assert not any(isinstance(module, AutoTorchModule) for module in net.modules())
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.rotary = nn.Linear(4, 4), nn.BatchNorm1d(4), Rotary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x))  # type: ignore[no-any-return]
+
+
+def test_a_buffer_of_another_shape_is_refused() -> None:
+    model, state = Normalised(), Normalised().state_dict()
+    state["norm.running_mean"] = torch.zeros(7)
+    with pytest.raises(ShapeMismatchError, match=r'tensor "norm\.running_mean" has shape \(7,\)'):
+        offload(model, device="cpu", ram="1MB", source=state)
+    assert type(model.layer) is nn.Linear
+    assert model.norm.running_mean.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "missing", ["norm.running_mean", "rotary.table"], ids=["persistent", "not persistent"]
+)
+def test_a_buffer_without_values_is_refused(missing: str) -> None:
+    model, state = Normalised(), Normalised().state_dict()
+    name, _, key = missing.partition(".")
+    buffers = getattr(model, name)._buffers
+    buffers[key] = buffers[key].to("meta")
+    state.pop(missing, None)
+    with pytest.raises(MissingTensorError, match=f'buffer "{missing}" has no values, and no source gives'):
+        offload(model, device="cpu", ram="1MB", source=state)
+    assert type(model.layer) is nn.Linear
 
 
 def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +438,53 @@ def test_the_model_says_where_it_computes() -> None:
     assert handle.remove() is net
     assert type(net) is Library
     assert torch.equal(net(IDS), oracle(IDS))
+
+
+def test_a_model_that_cannot_be_given_back_there_is_managed_as_before() -> None:
+    net = skeleton()
+    net.__class__ = Library
+    handle = offload(net, device="cpu", ram="40kB", source=checkpoint())
+    with pytest.raises(ConfigError, match="device 'nowhere' is no device"):
+        handle.remove("nowhere")
+    assert net.device == torch.device("cpu")  # type: ignore[comparison-overlap]
+    assert torch.equal(handle(IDS), plain()(IDS))
+    assert type(handle.remove("cpu")) is Library
+
+
+def test_a_source_that_fails_while_a_model_is_given_back() -> None:
+    net, source = skeleton(), checkpoint()
+    net.__class__ = Library
+    handle = offload(net, device="cpu", ram="40kB", source=source)
+    source.failing.add("token")
+    with pytest.raises(OSError, match="the disk is gone"):
+        handle.remove()
+    assert net.device == torch.device("cpu")  # type: ignore[comparison-overlap]
+    source.failing.clear()
+    assert torch.equal(handle.remove()(IDS), plain()(IDS))
+    assert type(net) is Library
+
+
+def test_a_copy_of_the_handle_is_of_a_copy_of_the_model() -> None:
+    handle = offload(Normalised(), device="cpu", ram="1MB", source=Normalised().state_dict())
+    twin = copy.deepcopy(handle)
+    handle.remove()
+    twin.set_vram(200)
+    twin.offload()
+    twin.onload()
+    assert [layer.vram_limit for layer in twin.model.modules() if isinstance(layer, AutoTorchModule)] == [
+        200 / 2**30,
+        200 / 2**30,
+    ]
+    assert twin.report().report.limit_nbytes == 200
+    twin.remove()
+
+
+def test_a_model_that_was_given_back_past_its_handle() -> None:
+    handle = offload(Normalised(), device="cpu", ram="1MB")
+    disable_vram_management(handle.model)
+    with pytest.raises(ConfigError, match="Normalised was given back"):
+        handle.report()
+    assert handle.remove() is handle.model
 
 
 @pytest.mark.parametrize("ram", ["1GB", 120_000, 40_000])

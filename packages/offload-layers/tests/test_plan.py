@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from offload_layers import ConfigError, Plan, Rates, Tier, plan
+from offload_layers import ConfigError, Plan, Rates, Tier, offload, plan
 from offload_layers._cli import main
 from offload_layers._plan import LayerSize, make_plan
+from offload_layers._work import Work
 from torch import nn
 
 GB = 10**9
@@ -21,6 +25,10 @@ def make(count: int = 40, nbytes: int = GB // 2, *, on_disk: bool = True, **sett
     sizes = [LayerSize(f"blocks.{i}", nbytes // 2, nbytes, nbytes, on_disk) for i in range(count)]
     given = {"device": CUDA, "vram": 8 * GB, "ram": 16 * GB, "rows": 4096, "rates": RATES} | settings
     return make_plan(sizes, **given)
+
+
+def _with_header(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
 
 
 def counts(planned: Plan) -> tuple[int, ...]:
@@ -35,9 +43,27 @@ def test_the_device_first_then_the_host_then_the_disk() -> None:
 
 
 def test_on_a_cpu_there_is_one_memory() -> None:
-    assert counts(make(device=CPU, ram=0)) == (14, 0, 26)
+    assert counts(make(device=CPU, ram=8 * GB)) == (14, 0, 26)
     with pytest.raises(ConfigError, match=r"20 GB of host memory are needed \(the weights of 40 layers"):
         make(device=CPU, on_disk=False)
+
+
+def test_on_a_cpu_what_rests_there_takes_of_the_one_memory() -> None:
+    def planned(ram: int, stored: int, on_disk: int) -> Plan:
+        sizes = [LayerSize(str(i), GB // 2, GB, stored, is_on_disk=i < on_disk) for i in range(8)]
+        return make_plan(sizes, device=CPU, vram=ram, ram=ram, rows=1, rates=None)
+
+    for ram in range(6 * GB, 12 * GB, GB // 2):
+        for stored, on_disk in ((GB, 4), (GB // 2, 0), (GB // 2, 3)):
+            plan = planned(ram, stored, on_disk)
+            assert plan.peak_device_nbytes <= ram
+            assert plan.resting_nbytes + plan.limit_nbytes <= ram
+    assert counts(planned(6 * GB, GB // 2, 0)) == (0, 8, 0)
+    assert counts(planned(8 * GB, GB // 2, 0)) == (8, 0, 0)  # and none of them is stored as well
+    assert counts(planned(8 * GB, 2 * GB, 0)) == (8, 0, 0)
+    assert counts(planned(5 * GB, GB, 4)) == (4, 0, 4)
+    with pytest.raises(ConfigError, match=r'"0" .* ram is 4 GB, of which 4 GB are .* Give at least 5 GB\.'):
+        planned(4 * GB, GB // 2, 0)
 
 
 def test_peaks() -> None:
@@ -126,11 +152,26 @@ def test_more_memory() -> None:
     assert "+" not in str(make(vram=40 * GB))
 
 
+def test_on_a_cpu_more_is_more_of_the_one_memory() -> None:
+    sizes = [LayerSize(str(i), GB // 2, GB, GB) for i in range(9)]
+    slow = dataclasses.replace(RATES, disk_bytes_per_s=1e8)
+    planned = make_plan(sizes, device=CPU, vram=4 * GB, ram=4 * GB, rows=1, rates=slow)
+    assert planned.with_more(ram=8 * GB) == planned.with_more(vram=8 * GB)
+    assert counts(planned.with_more(ram=8 * GB)) == (9, 0, 0)
+    assert "  ram +8 GB: " in str(planned)
+    assert "vram" not in str(planned)
+    limited = make_plan(sizes, device=CPU, vram=4 * GB, ram=40 * GB, rows=1, rates=slow)
+    assert "  vram +8 GB: " in str(limited)
+
+
 def test_to_dict_is_json() -> None:
     told = json.loads(json.dumps(make().to_dict()))
     assert told["layers_on"] == {"device": 14, "host": 26, "disk": 0}
     assert told["layers"][0]["tier"] in ("device", "host")
     assert told["prediction"]["total_s"] > 0
+    without_disk = dataclasses.replace(RATES, disk_bytes_per_s=math.inf)
+    told = json.loads(json.dumps(make(rates=without_disk).to_dict(), allow_nan=False))
+    assert told["rates"]["disk_bytes_per_s"] is None
 
 
 @pytest.mark.parametrize(
@@ -217,6 +258,16 @@ class TestOfCheckpoints:
             b"\xff" * 16,
             (5).to_bytes(8, "little") + b"{nope",
             (2).to_bytes(8, "little") + b"[]",
+            *map(
+                _with_header,
+                (
+                    b'{"a": {"dtype": "F32", "shape": [1e400]}}',
+                    b'{"a": {"dtype": "F32", "shape": [2.5]}}',
+                    b'{"a": {"dtype": "F32", "shape": [-1]}}',
+                    b'{"a": {"dtype": "F32", "shape": "12"}}',
+                    b'{"a": ' + 100_000 * b"[" + 100_000 * b"]" + b"}",
+                ),
+            ),
         ],
     )
     def test_no_checkpoint(self, tmp_path: Path, content: bytes) -> None:
@@ -224,6 +275,20 @@ class TestOfCheckpoints:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"x\.safetensors: no safetensors file"):
             plan(path, device="cpu", ram="1GB", rates=RATES)
+
+    def test_a_dtype_that_is_no_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(_with_header(b'{"a": {"dtype": ["F32"], "shape": [1]}}'))
+        with pytest.raises(ConfigError, match='tensor "a" has the unknown dtype'):
+            plan(path, device="cpu", ram="1GB", rates=RATES)
+
+    def test_names_with_digits_that_are_no_numbers(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        names = ("b.10.w", "b.2.w", "b.\u00b2.w")
+        header = json.dumps({name: {"dtype": "F32", "shape": [1]} for name in names})
+        path.write_bytes(_with_header(header.encode()))
+        planned = plan(path, device="cpu", ram="1GB", rates=RATES)
+        assert [layer.size.name for layer in planned.layers] == ["b.2", "b.10", "b.\u00b2"]
 
     def test_bad_paths(self, tmp_path: Path, folder: Path) -> None:
         with pytest.raises(ConfigError, match="No such file"):
@@ -243,6 +308,88 @@ def test_of_a_model_and_of_a_mapping() -> None:
         [x.size.nbytes for x in of_model.layers] == [x.size.nbytes for x in of_mapping.layers] == [288, 144]
     )
     assert not any(x.size.is_on_disk for x in of_model.layers)
+
+
+def test_a_mapping_whose_shapes_are_tuples() -> None:
+    class Lazy(dict[str, object]):
+        def info(self, name: str) -> object:
+            return SimpleNamespace(dtype=torch.float16, shape=(8, 4))
+
+    planned = plan(Lazy({"a.weight": None}), device="cpu", ram="1MB", rates=RATES)  # type: ignore[arg-type]
+    assert planned.layers[0].size == LayerSize("a", 32, 64, 64)
+
+
+def test_a_map_of_weights_need_not_be_a_mapping() -> None:
+    class Older:
+        def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+            self._tensors = tensors
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            return self._tensors[name]
+
+        def __contains__(self, name: object) -> bool:
+            return name in self._tensors
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self._tensors)
+
+    source: Any = Older({"a.weight": torch.zeros(8, 4)})
+    assert plan(source, device="cpu", ram="1MB", rates=RATES).layers[0].size.name == "a"
+
+
+def test_tied_parameters_may_be_in_the_source_under_one_name() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4, bias=False), "second": nn.Linear(4, 4, bias=False)})
+    model.to("meta")
+    model["second"].weight = model["first"].weight
+    planned = plan(model, device="cpu", ram="1MB", source={"first.weight": torch.zeros(4, 4)}, rates=RATES)
+    assert [(x.size.name, x.size.is_on_disk) for x in planned.layers] == [("first", True), ("second", True)]
+
+
+@pytest.mark.parametrize(
+    "what", [None, 5, b"a.safetensors", nn.Linear, [], iter([]), [1, "a"], object(), dict]
+)
+def test_what_cannot_be_planned(what: Any) -> None:
+    with pytest.raises(ConfigError, match=r"what is planned must be a torch\.nn\.Module, a mapping of names"):
+        plan(what, device="cpu", ram="1MB", rates=RATES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": 0}, "rows must be a whole number, 1 or more; got 0"),
+        ({"rows": -5}, "rows must be a whole number, 1 or more; got -5"),
+        ({"rows": math.nan}, "rows must be a whole number, 1 or more; got nan"),
+        ({"rows": "8"}, "rows must be a whole number, 1 or more; got '8'"),
+        ({"dtype": torch.int8}, r"dtype must be a floating-point dtype, .* got torch\.int8"),
+        ({"storage_dtype": torch.bool}, r"storage_dtype must be a floating-point dtype, .* got torch\.bool"),
+        ({"device": "vulkan"}, "torch cannot compute on device 'vulkan' here; choose cpu or cuda"),
+        ({"source": "model.safetensors"}, "source must map names to tensors; got str"),
+        ({"source": [torch.zeros(1)]}, "source must map names to tensors; got list"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
+    given = {"device": "cpu", "ram": "1MB", "rates": RATES} | arguments
+    for function in (plan, offload):
+        with pytest.raises(ConfigError, match=message):
+            function(nn.Linear(8, 8), **given)
+
+
+def test_the_picture_of_a_forward_on_inputs_does_not_name_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    titles: list[str] = []
+    monkeypatch.setattr(axes, "set_title", lambda self, title, **_: titles.append(title))
+    make(work=Work({}, 0.5, 0)).plot(tmp_path / "plan.png")
+    make().plot(tmp_path / "plan.png")
+    assert titles[0].endswith("0.65 s a forward on these inputs")
+    assert titles[1].endswith("a forward of 4,096 rows")
+
+
+def test_a_picture_of_an_unknown_format(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=r"plan\.xyz: no picture is called \.xyz; known are .*png"):
+        make().plot(tmp_path / "plan.xyz")
 
 
 def test_the_picture(tmp_path: Path) -> None:

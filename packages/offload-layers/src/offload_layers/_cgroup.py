@@ -11,6 +11,7 @@ Note [What can be reclaimed]
     Source: Linux, ``si_mem_available`` in mm/show_mem.c, and Documentation/admin-guide/cgroup-v2.rst.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -107,13 +108,17 @@ def _mounts(root: Path) -> Iterator[_Mount]:
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         if kind in ("cgroup", "cgroup2"):
-            shown, point = (field.replace(r"\040", " ") for field in before.split(" ")[3:5])
+            shown, point = map(_unescaped, before.split(" ")[3:5])
             yield _Mount(point, shown, kind == "cgroup2", options.split(","))
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="surrogateescape").strip()  # names of folders may be of any bytes
     except OSError:  # not there in this version, at the root, or since the group was removed
         return ""
 

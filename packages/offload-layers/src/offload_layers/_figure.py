@@ -4,7 +4,9 @@ matplotlib is imported when a picture is drawn. Its figures are used without ``p
 program's own pictures changes.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from offload_layers._errors import ConfigError
@@ -31,6 +33,19 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write *figure* into the file *path*.
+
+    Raises:
+        ConfigError: its name ends in no format of pictures that matplotlib writes.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    suffix = Path(path).suffix
+    if suffix and suffix[1:].lower() not in known:
+        raise ConfigError(f"{path}: no picture is called {suffix}; known are {', '.join(sorted(known))}")
+    figure.savefig(path, dpi=150)
 
 
 def tidy(axes: Any) -> None:

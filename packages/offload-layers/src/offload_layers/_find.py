@@ -13,6 +13,7 @@ from offload_layers._layers import (
     AutoWrappedModule,
     AutoWrappedNonRecurseModule,
 )
+from offload_layers._source import Source
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,16 @@ class Found:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that belong to this layer."""
-        return list(self.module.parameters(recurse=self.face is not AutoWrappedNonRecurseModule))
+        return list(self.module.parameters(recurse=self._covers_children))
+
+    def is_in(self, source: Source | None) -> bool:
+        """Whether *source* has values of a parameter of this layer."""
+        named = self.module.named_parameters(self.name, recurse=self._covers_children)
+        return source is not None and any(name in source for name, _ in named)
+
+    @property
+    def _covers_children(self) -> bool:
+        return self.face is not AutoWrappedNonRecurseModule
 
 
 def find_layers(model: nn.Module) -> list[Found]:

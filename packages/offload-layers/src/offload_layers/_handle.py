@@ -1,7 +1,7 @@
 """The handle of a model that is managed as a whole: run it, move it, ask what it costs, and give it back."""
 
+import dataclasses
 import time
-import weakref
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,7 @@ from offload_layers._machine import Size, vram_limit
 from offload_layers._managed import ManagedModule
 from offload_layers._placement import parse_device
 from offload_layers._plan import Plan
-from offload_layers._presented import end_presenting
+from offload_layers._presented import end_presenting, present
 from offload_layers._progress import watched
 from offload_layers._replace import disable_vram_management
 from offload_layers._report import report
@@ -33,10 +33,9 @@ class Offloaded:
         plan: What was planned.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, layers: list[AutoTorchModule]) -> None:
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model = model
         self.plan = plan
-        self._layers = [weakref.ref(layer) for layer in layers]
         self._is_removed = False
         self._forward_s: float | None = None
 
@@ -75,7 +74,8 @@ class Offloaded:
 
     def set_vram(self, vram: Size) -> None:
         """Let the model use another amount of the device's memory from its next forward on."""
-        limit = vram_limit(vram, self.plan.device, self.plan.ram)
+        given = vram_limit(vram, self.plan.device, self.plan.ram)
+        limit = dataclasses.replace(self.plan, vram=given).limit_nbytes
         for layer in self._managed():
             layer._owner().limit = limit
 
@@ -86,10 +86,15 @@ class Offloaded:
             device: Where they go; by default each stays where it rests, and those on disk come to the host.
         """
         if not self._is_removed:
+            target = None if device is None else parse_device(device)
             end_presenting(self.model)
-            disable_vram_management(self.model, device)
-            if device is not None:
-                move_buffers(self.model, parse_device(device))
+            try:
+                disable_vram_management(self.model, target)
+            except BaseException:
+                present(self.model, self.plan.device)
+                raise
+            if target is not None:
+                move_buffers(self.model, target)
             self._is_removed = True
         return self.model
 
@@ -102,12 +107,14 @@ class Offloaded:
         self.remove()
 
     def _managed(self) -> list[AutoTorchModule]:
-        if self._is_removed:
+        layers = [module for module in self.model.modules() if isinstance(module, AutoTorchModule)]
+        if self._is_removed or not layers:
             raise ConfigError(f"{type(self.model).__name__} was given back; call offload() on it again")
-        return [layer for reference in self._layers if (layer := reference()) is not None]
+        return layers
 
     def __repr__(self) -> str:
-        state = "given back" if self._is_removed else f"{len(self._layers):,} layers on {self.plan.device}"
+        layers = f"{len(self.plan.layers):,} layers on {self.plan.device}"
+        state = "given back" if self._is_removed else layers
         return f"<Offloaded {type(self.model).__name__}: {state}>"
 
 

@@ -84,19 +84,25 @@ def _read_header(path: Path) -> list[StoredTensor]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         tensors = [
-            StoredTensor(name, entry["dtype"], tuple(int(size) for size in entry["shape"]))
+            StoredTensor(name, str(entry["dtype"]), tuple(map(_size, entry["shape"])))
             for name, entry in header.items()
         ]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: {problem}") from error
     for tensor in tensors:
-        if tensor.code not in _BITS or any(size < 0 for size in tensor.shape):
+        if tensor.code not in _BITS:
             raise ConfigError(f'{path}: tensor "{tensor.name}" has the unknown dtype {tensor.code}')
     return tensors
 
 
+def _size(size: object) -> int:
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(f"{size!r} is no size of a tensor")
+    return size
+
+
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Order "blocks.2" before "blocks.10"."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]

@@ -1,5 +1,6 @@
 """What each layer takes, of a model, of a mapping, or of the headers of files."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def sizes_of_mapping(
     tensors = []
     for name in source:
         found = info(name)
-        numel = found.shape.numel()
+        numel = math.prod(found.shape)
         tensors.append((name, numel, numel * found.dtype.itemsize, found.dtype.is_floating_point))
     return _grouped(tensors, dtype, storage_dtype)
 

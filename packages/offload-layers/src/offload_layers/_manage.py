@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._device import device_of
-from offload_layers._errors import ConfigError
+from offload_layers._errors import ConfigError, MissingTensorError
 from offload_layers._managed import ManagedModule, attach, names_of, swap_classes
 from offload_layers._packed import PackedWeight
 from offload_layers._placement import Placement, Policy
 from offload_layers._residency import Residency
 from offload_layers._schedule import Schedule
 from offload_layers._shared import SharedCopies
-from offload_layers._source import Source, check_in_source, check_source, stored_dtype
+from offload_layers._source import Source, check_in_source, check_shape, check_source, stored_dtype
 from offload_layers._transfer import convert, on_meta, parameter_like
 from offload_layers._weight import Slot, Weight
 
@@ -48,7 +48,8 @@ def manage(
     loaded = []
     if source is not None and not face._owns_buffers:
         stored = _stored_buffers(module, modules, name, source)
-        loaded = [(part, key, source[full].clone()) for part, key, full in stored]  # forward may write to it
+        # a copy, since forward may write to it
+        loaded = [(part, key, _read_buffer(part, key, full, source).clone()) for part, key, full in stored]
 
     swap_classes(modules, face, module)
     for weight, home in zip(weights, homes, strict=True):
@@ -126,6 +127,13 @@ def _stored_buffers(
                 yield part, key, full
 
 
+def _read_buffer(module: nn.Module, key: str, name: str, source: Source) -> Tensor:
+    values, buffer = source[name], module._buffers[key]
+    assert buffer is not None
+    check_shape(name, tuple(values.shape), buffer.shape)
+    return values
+
+
 def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
     """Give values to the parameters on ``meta``, and to the persistent buffers, that no layer manages.
 
@@ -141,7 +149,8 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
                 check_in_source(source, full, parameter.shape)
                 module._parameters[key] = parameter_like(parameter, _for_computation(source[full], policy))
         for part, key, full in _stored_buffers(module, [module], name, source):
-            part._buffers[key] = _for_computation(source[full], policy).clone()
+            values = _read_buffer(part, key, full, source)
+            part._buffers[key] = _for_computation(values, policy).clone()
     device_of(policy.computation.device).synchronize()  # see Note [Any stream may compute]
 
 
@@ -149,6 +158,19 @@ def _for_computation(values: Tensor, policy: Policy) -> Tensor:
     is_eight_bit_float = values.is_floating_point() and values.dtype.itemsize == 1
     dtype = policy.computation.dtype if is_eight_bit_float else None
     return convert(values, type(policy.computation)(policy.computation.device, dtype))
+
+
+def check_buffers(model: nn.Module, source: Source | None) -> None:
+    """Raise ``MissingTensorError`` for a buffer that has no values and gets none from *source*."""
+    for prefix, module in model.named_modules():
+        stored = {full for *_, full in _stored_buffers(module, [module], prefix, source or {})}
+        for key, buffer in module._buffers.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if buffer is not None and buffer.is_meta and name not in stored:
+                raise MissingTensorError(
+                    f'buffer "{name}" has no values, and no source gives it any. Build the model such that '
+                    'its buffers have values, and only its parameters are on "meta".'
+                )
 
 
 def unmanaged_on_meta(model: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -17,16 +17,16 @@ from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mappin
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
-from offload_layers._manage import load_unmanaged
+from offload_layers._manage import check_buffers, load_unmanaged
 from offload_layers._managed import ManagedModule, detach
-from offload_layers._placement import DISK, Placement, Policy, parse_device
+from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan
 from offload_layers._presented import present
 from offload_layers._probe import probe
 from offload_layers._rates import Rates
 from offload_layers._schedule import Schedule
 from offload_layers._sizes import parse_size
-from offload_layers._source import Source, check_source, offered, trim, with_ties
+from offload_layers._source import Source, check_source, is_source, offered, trim, with_ties
 from offload_layers._tier import Tier
 from offload_layers._trace import Inputs
 from offload_layers._work import Work, measure_work
@@ -61,7 +61,8 @@ def offload(
         device: Where it computes.
         vram: Memory of the device that may be in use for weights: ``"8GB"``, ``"7.5 GiB"``, bytes, or
             ``"auto"``. On a CPU there is one memory, and it is *ram* that counts.
-        ram: Memory of the host for weights, likewise.
+        ram: Memory of the host for weights, likewise. ``"auto"`` adds what weights take that are there
+            already and stay.
         source: Mapping from names to tensors, e.g. ``safemap.DiskMap``. Without one, weights stay in memory.
         dtype: In which the model computes; None: each weight in its own. Buffers keep theirs.
         storage_dtype: In which weights wait in host memory, e.g. eight-bit floats; None: as they are.
@@ -75,19 +76,22 @@ def offload(
     Raises:
         ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen; nothing
             was changed.
-        MissingTensorError: a parameter has neither values nor a tensor in *source*.
+        MissingTensorError: a parameter or buffer has neither values nor a tensor in *source*.
+        ShapeMismatchError: *source* has a tensor of another shape.
     """
     target = parse_device(device)
-    _check_dtypes(dtype, storage_dtype)
-    given = check_source(source)
+    _check_arguments(dtype, storage_dtype, rows)
+    given = check_source(source, setting="source")
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
+    check_buffers(model, checked)
     sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
     ahead = _fetches_ahead(target, checked)
     work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
     if rates is None and inputs is not None:
         rates = probe(target, file=_file_of(given), dtype=dtype or _computed_in(sizes))
-    plan = _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+    held = _held_nbytes(found, sizes)
+    plan = _plan(sizes, target, vram, ram, held, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
     schedule = Schedule(plan.beside_nbytes)
     computation = Placement(target, dtype)
@@ -95,9 +99,15 @@ def offload(
     layers: list[AutoTorchModule] = []
     try:
         for layer, planned in zip(found, plan.layers, strict=True):
-            policy = _policy(planned.tier, computation, storage_dtype, checked)
+            its_source = checked if layer.is_in(checked) else None
+            policy = _policy(planned.tier, computation, storage_dtype, its_source)
             managed: Any = layer.face._manage(
-                layer.module, policy, name=layer.name, source=checked, limit=plan.vram, schedule=schedule
+                layer.module,
+                policy,
+                name=layer.name,
+                source=checked,
+                limit=plan.limit_nbytes,
+                schedule=schedule,
             )
             layers.append(managed)
         if checked is not None:
@@ -108,7 +118,7 @@ def offload(
     Schedule.keep_small([layer._owner() for layer in layers])
     move_buffers(model, target)
     present(model, target)
-    handle = Offloaded(model, plan, layers)
+    handle = Offloaded(model, plan)
     handle.onload()
     if not any(layer.tier is Tier.DISK for layer in plan.layers):
         trim(checked)
@@ -152,31 +162,47 @@ def plan(
         ConfigError: it cannot fit, or an argument makes no sense, or the forward cannot be foreseen.
     """
     target = parse_device(device)
-    _check_dtypes(dtype, storage_dtype)
+    _check_arguments(dtype, storage_dtype, rows)
     file = work = None
+    held = 0
     ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
-        given = check_source(source)
-        ahead = _fetches_ahead(target, given)
+        given = check_source(source, setting="source")
+        checked = None if given is None else with_ties(given, model)
+        ahead = _fetches_ahead(target, checked)
         found = _find(model)
-        sizes = [size_of(layer, given, dtype, storage_dtype) for layer in found]
+        sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
+        held = _held_nbytes(found, sizes)
         file = _file_of(given)
         if inputs is not None:
-            work = _work(model, inputs, found, target, dtype, given)
+            work = _work(model, inputs, found, target, dtype, checked)
     elif inputs is not None:
         raise ConfigError(
             f"inputs are of a model, but what is planned is a {type(model).__name__}; pass rows"
         )
-    elif isinstance(model, Mapping):
+    elif is_source(model):
         ahead = _fetches_ahead(target, model)
         sizes = sizes_of_mapping(model, dtype, storage_dtype)
     else:
-        files = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+        files = _paths(model)
         sizes = sizes_of_files(files, dtype, storage_dtype)
         file = str(find_files(files)[0])
     if rates is None:
         rates = probe(target, file=file, dtype=dtype or _computed_in(sizes), rows=rows)
-    return _plan(sizes, target, vram, ram, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+    return _plan(sizes, target, vram, ram, held, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
+
+
+def _paths(given: object) -> list[str | os.PathLike[str]]:
+    several = isinstance(given, Iterable) and not isinstance(given, (str, os.PathLike))
+    found: list[object] = [*given] if several else [given]  # type: ignore[misc]
+    paths = [path for path in found if isinstance(path, (str, os.PathLike))]
+    if not paths or len(paths) < len(found):
+        what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+        raise ConfigError(
+            "what is planned must be a torch.nn.Module, a mapping of names to tensors, or paths of "
+            f"safetensors files; got {what}"
+        )
+    return paths
 
 
 def _work(
@@ -214,13 +240,14 @@ def _plan(
     device: torch.device,
     vram: Size,
     ram: Size,
+    held: int,
     *,
     rows: int,
     rates: Rates | None,
     fetches_ahead: bool,
     work: Work | None,
 ) -> Plan:
-    host = int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
+    host = held + int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
     limit = vram_limit(vram, device, host)
     foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
     return make_plan(
@@ -234,6 +261,13 @@ def _plan(
         fetches_ahead=fetches_ahead,
         work=work,
     )
+
+
+def _held_nbytes(found: list[Found], sizes: list[LayerSize]) -> int:
+    """Return the bytes of weights that are in host memory already, and stay there, as a plan counts them."""
+    kept = [layer for layer, size in zip(found, sizes, strict=True) if not size.is_on_disk]
+    held = [p for layer in kept for p in layer.parameters() if p.device.type == "cpu"]
+    return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
 
 def _find(model: nn.Module) -> list[Found]:
@@ -284,10 +318,13 @@ def _policy(
     return Policy(DISK, host if on_host else DISK, computation, computation)
 
 
-def _check_dtypes(dtype: object, storage_dtype: object) -> None:
+def _check_arguments(dtype: torch.dtype | None, storage_dtype: torch.dtype | None, rows: int) -> None:
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ConfigError(f"rows must be a whole number, 1 or more; got {rows!r}")
     for name, value in (("dtype", dtype), ("storage_dtype", storage_dtype)):
         if value is not None and not isinstance(value, torch.dtype):
             raise ConfigError(f"{name} must be a torch.dtype or None; got {value!r}")
+        check_keeps_values(value, setting=name)
     if storage_dtype in FP8 and dtype is None:
         raise ConfigError(
             f"storage_dtype {storage_dtype} needs a dtype to compute in, e.g. dtype=torch.bfloat16"

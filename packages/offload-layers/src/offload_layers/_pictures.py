@@ -40,7 +40,7 @@ def plot_report(report: "Report", path: str | os.PathLike[str]) -> None:
             f"{total.hits:,} hits, {total.waits:,} waits, {total.misses:,} misses",
         ],
     )
-    figure.savefig(path, dpi=150)
+    _figure.save(figure, path)
 
 
 def plot_timeline(timeline: "Timeline", path: str | os.PathLike[str]) -> None:
@@ -70,7 +70,7 @@ def plot_timeline(timeline: "Timeline", path: str | os.PathLike[str]) -> None:
             f"{seconds(timeline.waited_s)} waited",
         ],
     )
-    figure.savefig(path, dpi=150)
+    _figure.save(figure, path)
 
 
 def _bars(axes: Any, at: Sequence[int], spans: Sequence[tuple[float, float]], **style: Any) -> None:

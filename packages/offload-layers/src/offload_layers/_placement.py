@@ -135,10 +135,19 @@ def parse_placement(role: str, dtype: object, device: object, default: Placement
         return DISK
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ConfigError(f'{role}_dtype must be a torch.dtype, "disk" or None; got {dtype!r}')
+    check_keeps_values(dtype, setting=f"{role}_dtype")
     return Placement(
         parse_device(device, setting=f"{role}_device") if device is not None else default.device,
         dtype if dtype is not None else default.dtype,
     )
+
+
+def check_keeps_values(dtype: torch.dtype | None, *, setting: str) -> None:
+    """Raise ``ConfigError`` for a dtype into which floating-point weights are not to be converted."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(
+            f"{setting} must be a floating-point dtype, since it is for weights that are such; got {dtype}"
+        )
 
 
 def parse_device(device: object, *, setting: str = "device") -> torch.device:
@@ -157,7 +166,12 @@ def parse_device(device: object, *, setting: str = "device") -> torch.device:
     if parsed.type in ("cpu", "mps"):
         return torch.device(parsed.type)
     if parsed.index is None:
-        module = torch.get_device_module(parsed)
+        try:
+            module = torch.get_device_module(parsed)
+        except RuntimeError as error:  # a vendor whose module is not loaded
+            raise ConfigError(
+                f"torch cannot compute on {setting} {device!r} here; choose cpu or cuda, for example"
+            ) from error
         return torch.device(parsed.type, module.current_device() if module.is_available() else 0)
     return parsed
 

@@ -11,6 +11,12 @@ Note [Peaks]
     layer alone. On the host there are the weights that stay there, one layer on its way from disk, and the
     page-locked ring. A layer that fits into the ring is read beside it in the first forward only; later it is
     read into the ring, which grows for it.
+
+Note [One memory]
+    On a CPU the host's memory is the device's. Weights that no source can give again are in it all the time:
+    as they are computed with, if the layer stays on the device, which takes no copy; otherwise as they are
+    stored, beside the copies that are made for computing. The books of the device count copies only, so what
+    rests is taken off the limit for them.
 """
 
 import dataclasses
@@ -138,12 +144,27 @@ class Plan:
         return _beside_nbytes(self.device, self.work)
 
     @property
+    def resting_nbytes(self) -> int:
+        """Bytes of the device's memory that weights take without being copies; see Note [One memory]."""
+        if self.device.type != "cpu":
+            return 0
+        return sum(_nbytes(layer.size, layer.tier) for layer in self.layers if not layer.size.is_on_disk)
+
+    @property
+    def limit_nbytes(self) -> int:
+        """Bytes of the device that may be in use for copies of weights to stay there."""
+        return min(self.vram, self.ram - self.resting_nbytes) if self.device.type == "cpu" else self.vram
+
+    @property
     def peak_device_nbytes(self) -> int:
-        """Most bytes of weights on the device at once; see Note [Peaks]."""
+        """Most bytes of weights on the device at once; see Note [Peaks] and Note [One memory]."""
+        is_one = self.device.type == "cpu"
+        copied = [layer for layer in self.layers if layer.size.is_on_disk or not is_one]
+        staying = sum(layer.size.nbytes for layer in copied if layer.tier is Tier.DEVICE)
         moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
         passing = sum(sorted(moving)[-PASSING if self.fetches_ahead else -1 :])
-        room = self.vram - self.foreign_nbytes - self.beside_nbytes
-        return min(self.nbytes_on(Tier.DEVICE) + passing, max(room, max(moving, default=0)))
+        room = self.limit_nbytes - self.foreign_nbytes - self.beside_nbytes
+        return self.resting_nbytes + min(staying + passing, max(room, max(moving, default=0)))
 
     @property
     def peak_host_nbytes(self) -> int:
@@ -157,6 +178,11 @@ class Plan:
             if layer.tier is Tier.HOST or not layer.size.is_on_disk
         )
         return kept + _passing_host(from_disk)
+
+    @property
+    def of_what(self) -> str:
+        """What a forward is predicted for, in words."""
+        return f"of {self.rows:,} rows" if self.work is None else "on these inputs"
 
     def predict(self) -> Prediction | None:
         """Return the seconds of one forward once everything is in place; None without rates."""
@@ -180,13 +206,16 @@ class Plan:
         return Prediction(compute, bus, disk, max(busy, disk))
 
     def with_more(self, *, vram: int = 0, ram: int = 0) -> "Plan":
-        """Return the plan for so many more bytes of memory."""
+        """Return the plan for so many more bytes of memory; of either on a CPU, where there is one."""
         sizes = [layer.size for layer in self.layers]
+        is_one = self.device.type == "cpu"
+        more_vram = self.vram + vram + (ram if is_one else 0)
+        more_ram = max(self.ram + ram, more_vram if is_one else 0)
         return make_plan(
             sizes,
             device=self.device,
-            vram=self.vram + vram,
-            ram=self.ram + ram,
+            vram=more_vram,
+            ram=more_ram,
             rows=self.rows,
             rates=self.rates,
             foreign_nbytes=self.foreign_nbytes,
@@ -195,7 +224,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, texts and lists."""
+        """Return everything in types that JSON has; a rate without an end is None."""
         prediction = self.predict()
         return {
             "device": str(self.device),
@@ -208,7 +237,7 @@ class Plan:
             "peak_device_nbytes": self.peak_device_nbytes,
             "peak_host_nbytes": self.peak_host_nbytes,
             "activations_nbytes": None if self.work is None else self.work.activations_nbytes,
-            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            "rates": None if self.rates is None else self.rates.to_dict(),
             "prediction": None if prediction is None else dataclasses.asdict(prediction),
             "layers": [{**dataclasses.asdict(x.size), "tier": x.tier.value} for x in self.layers],
         }
@@ -235,9 +264,8 @@ class Plan:
             lines[-1] += f", {format_size(self.peak_host_nbytes)} in host memory"
         prediction = self.predict()
         if prediction is not None:
-            of = f"of {self.rows:,} rows" if self.work is None else "on these inputs"
             lines.append(
-                f"  one forward {of}: {prediction.total_s:.3g} s (computation "
+                f"  one forward {self.of_what}: {prediction.total_s:.3g} s (computation "
                 f"{prediction.compute_s:.3g} s, bus {prediction.bus_s:.3g} s, disk {prediction.disk_s:.3g} s)"
             )
             lines += self._more()
@@ -247,11 +275,11 @@ class Plan:
         """Say what more memory would give, where it would give at least a twentieth."""
         now, lines = self.predict(), []
         assert now is not None
+        is_one = self.device.type == "cpu"
+        kinds = [_limiting(self.device, self.vram, self.ram)] if is_one else ["vram", "ram"]
         for more in (2 * 10**9, 4 * 10**9, 8 * 10**9):
-            for what, given in (("vram", {"vram": more}), ("ram", {"ram": more})):
-                if what == "ram" and self.device.type == "cpu":
-                    continue
-                then = self.with_more(**given).predict()
+            for what in kinds:
+                then = self.with_more(**{what: more}).predict()
                 assert then is not None
                 if then.total_s < 0.95 * now.total_s:
                     lines.append(
@@ -279,24 +307,33 @@ def make_plan(
     """
     if not sizes:
         raise ConfigError("there is nothing to plan: no layer has weights")
-    largest = max(sizes, key=lambda size: size.nbytes)
+    _check_host(sizes, device, ram)
+    rests = [device.type == "cpu" and not size.is_on_disk for size in sizes]  # see Note [One memory]
+    resting = _fixed_nbytes(sizes, device) if device.type == "cpu" else 0
+    costs = [max(0, x.nbytes - x.stored_nbytes) if r else x.nbytes for x, r in zip(sizes, rests, strict=True)]
+    copied = [size for size, rest, cost in zip(sizes, rests, costs, strict=True) if cost or not rest]
+    largest = max(copied, key=lambda size: size.nbytes, default=LayerSize("", 0, 0, 0))
     beside_nbytes = _beside_nbytes(device, work)
     room = vram - foreign_nbytes - beside_nbytes
-    everything = sum(size.nbytes for size in sizes)
-    if largest.nbytes > room:
+    if device.type == "cpu":
+        room = min(room, ram - resting)
+    everything = sum(costs)
+    if largest.nbytes > room < everything:
         taken = [f"{format_size(foreign_nbytes)} are taken by others"] if foreign_nbytes else []
         taken += [f"{format_size(beside_nbytes)} are needed for activations"] if beside_nbytes else []
+        taken += [f"{format_size(resting)} are weights which no source can give again"] if resting else []
+        given = f"{_limiting(device, vram, ram)} is {format_size(vram)}{', of which ' if taken else ''}"
+        least = largest.nbytes + foreign_nbytes + beside_nbytes + resting
         raise ConfigError(
             f'layer "{largest.name}" needs {format_size(largest.nbytes)} on {device} while it computes, but '
-            f"vram is {format_size(vram)}{', of which ' if taken else ''}{' and '.join(taken)}. Give at "
-            f"least {format_size(largest.nbytes + foreign_nbytes + beside_nbytes)}."
+            f"{given}{' and '.join(taken)}. Give at least {format_size(least)}."
         )
-    _check_host(sizes, device, ram)
     window = LARGEST_AHEAD * largest.nbytes
     works = [size.work(rows) if work is None else work.layer_s.get(size.name, 0.0) for size in sizes]
-    demands = [Demand(size.nbytes, hides) for size, hides in zip(sizes, works, strict=True)]
+    demands = [Demand(cost, hides) for cost, hides in zip(costs, works, strict=True)]
     stay_room = everything if everything <= room else max(0, room - IN_FLIGHT * largest.nbytes)
     on_device = choose_residents(demands, room=stay_room, window=window)
+    on_device |= {i for i, rest in enumerate(rests) if rest and not costs[i]}
     if device.type == "cpu":  # the host is the device: what does not stay there is where it came from
         on_host = frozenset(i for i, size in enumerate(sizes) if not size.is_on_disk) - on_device
     else:
@@ -306,6 +343,11 @@ def make_plan(
     ]
     layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
     return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead, work)
+
+
+def _limiting(device: torch.device, vram: int, ram: int) -> str:
+    """Return which argument limits the weights on the device: on a CPU the smaller of both."""
+    return "ram" if device.type == "cpu" and ram <= vram else "vram"
 
 
 def _beside_nbytes(device: torch.device, work: Work | None) -> int:
@@ -330,8 +372,10 @@ def _check_host(sizes: Sequence[LayerSize], device: torch.device, ram: int) -> N
 
 
 def _fixed_nbytes(sizes: Sequence[LayerSize], device: torch.device) -> int:
-    ring = 0 if device.type == "cpu" else _RING_NBYTES
-    return ring + sum(size.stored_nbytes for size in sizes if not size.is_on_disk)
+    without = [size for size in sizes if not size.is_on_disk]
+    if device.type == "cpu":  # where what stays on the device is not stored beside it
+        return sum(min(size.nbytes, size.stored_nbytes) for size in without)
+    return _RING_NBYTES + sum(size.stored_nbytes for size in without)
 
 
 def _host(

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from offload_layers._figure import COLOURS, new_figure
+from offload_layers._figure import COLOURS, new_figure, save
 from offload_layers._sizes import format_size
 from offload_layers._tier import Tier
 
@@ -30,9 +30,9 @@ def plot_plan(plan: "Plan", path: str | os.PathLike[str]) -> None:
     axes.set_ylabel("weights, MB")
     axes.spines[["top", "right"]].set_visible(False)
     prediction = plan.predict()
-    seconds = "" if prediction is None else f", {prediction.total_s:.3g} s a forward of {plan.rows:,} rows"
+    seconds = "" if prediction is None else f", {prediction.total_s:.3g} s a forward {plan.of_what}"
     axes.set_title(
         f"Where the weights stay on {plan.device} with {format_size(plan.vram)}{seconds}", loc="left"
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

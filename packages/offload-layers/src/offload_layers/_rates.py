@@ -1,5 +1,7 @@
 """How fast a machine moves and computes."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -21,3 +23,7 @@ class Rates:
     memory_bytes_per_s: float
     flops: float
     disk_processor_s_per_byte: float = 0.0
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the rates in types that JSON has, where what has no end is None."""
+        return {name: None if rate == math.inf else rate for name, rate in dataclasses.asdict(self).items()}

@@ -195,7 +195,7 @@ class Residency(Resting):
             fetched = before.fetched
             self._device.wait(fetched.ready)  # made by a thread whose queue may be another one
         else:
-            ahead = None if differentiable else self._take_fetched()
+            ahead = self._take_detached() if differentiable else self._take_fetched()
             fetched = ahead or self._fetch_now(None if before is None else before.lease, differentiable)
             self._device.wait(fetched.ready)
             if before is not None:  # others compute, and have not waited for this one
@@ -209,6 +209,22 @@ class Residency(Resting):
     def _record_use(self, fetched: Fetched) -> None:
         for tensor in fetched.tensors:
             self._device.record_use(tensor)
+
+    def _take_detached(self) -> Fetched | None:
+        """Return such copies for autograd to save, unless gradients are to flow through to what rests."""
+        at_rest = [weight.registered for weight in self.weights]
+        if any(parameter.requires_grad and not parameter.is_meta for parameter in at_rest):
+            return None
+        fetched = self._take_fetched()
+        if fetched is None:
+            return None
+        if any(tensor.is_inference() for tensor in fetched.tensors):  # which autograd cannot save
+            fetched.lease.give_back()
+            return None
+        for tensor in fetched.tensors:
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+        return fetched
 
     def _take_fetched(self) -> Fetched | None:
         """Return the copies that were kept, or fetched ahead."""

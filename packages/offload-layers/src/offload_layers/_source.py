@@ -11,8 +11,8 @@ A source may offer more, and is asked for it by name:
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,18 @@ def trim(source: Source | None) -> None:
         give_back()
 
 
-def check_source(source: object) -> Source | None:
+def is_source(source: object) -> TypeGuard[Source]:
+    """Say whether *source* maps names; older lazy maps do without being mappings, or having ``keys()``."""
+    if isinstance(source, (Sequence, Tensor, type)):  # such as the path of a checkpoint
+        return False
+    return all(hasattr(source, method) for method in ("__getitem__", "__iter__", "__contains__"))
+
+
+def check_source(source: object, *, setting: str = "disk_map") -> Source | None:
     """Return *source* if weights can be read from it."""
-    if source is None or isinstance(source, Mapping):
+    if source is None or is_source(source):
         return source
-    if all(hasattr(source, method) for method in ("__getitem__", "__iter__", "__contains__")):
-        return source  # type: ignore[return-value]  # older lazy maps have no keys(), items() or len()
-    raise ConfigError(f"disk_map must map names to tensors; got {type(source).__name__}")
+    raise ConfigError(f"{setting} must map names to tensors; got {type(source).__name__}")
 
 
 def stored_dtype(source: Source, name: str, default: torch.dtype) -> torch.dtype:
