@@ -109,7 +109,7 @@ def test_scripted_submodules() -> None:
         return nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), torch.jit.script(nn.Linear(3, 3)))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         model = built(build)
     assert unmaterialized(model) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert model[0].running_var.tolist() == [1, 1, 1]
