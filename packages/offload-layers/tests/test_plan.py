@@ -140,6 +140,16 @@ def test_on_a_cpu_reading_takes_the_cores_that_compute() -> None:
     assert elsewhere.total_s == predicted.compute_s  # another processor's time
 
 
+def test_on_a_cpu_the_disk_waits_for_what_is_copied() -> None:
+    rates = Rates(1e6, 20e9, 20e9, 1e15, disk_processor_s_per_byte=1e-6)
+    sizes = [LayerSize(str(i), 1000, 4000, 4000) for i in range(10)]
+    planned = make_plan(sizes, device=torch.device("cpu"), vram=20_000, ram=20_000, rows=1, rates=rates)
+    predicted, read = planned.predict(), planned.nbytes_on(Tier.DISK)
+    assert predicted is not None
+    assert read > 0
+    assert predicted.total_s == pytest.approx(read / 1e6 + read * 1e-6)
+
+
 def test_more_memory() -> None:
     planned = make(rows=1, ram=4 * GB)
     assert planned.with_more(ram=20 * GB).nbytes_on(Tier.DISK) == 0

@@ -199,11 +199,12 @@ class Plan:
         bus = self.moving_nbytes / rates.bus_bytes_per_s
         read = self.nbytes_on(Tier.DISK)
         disk = read / rates.disk_bytes_per_s
-        if self.device.type == "cpu":  # copying and reading take the cores that the computation wants
-            busy = compute + max(bus, read * rates.disk_processor_s_per_byte)
-        else:
-            busy = max(compute, bus)
-        return Prediction(compute, bus, disk, max(busy, disk))
+        if self.device.type != "cpu":
+            return Prediction(compute, bus, disk, max(compute, bus, disk))
+        # whoever has waited for the disk copies what came, with a core that the computation wants, and the
+        # disk has nothing to do meanwhile. Measured: 0.9 to 1.1 of this sum, half of a model on disk or all
+        copying = read * rates.disk_processor_s_per_byte
+        return Prediction(compute, bus, disk, max(compute + max(bus, copying), disk + copying))
 
     def with_more(self, *, vram: int = 0, ram: int = 0) -> "Plan":
         """Return the plan for so many more bytes of memory; of either on a CPU, where there is one."""
