@@ -44,7 +44,7 @@ TOKENS = {  # side of the image in tokens, text tokens
 WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
-ROOM = 10 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
+ROOM = 8 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
 LINE = "{:30} {:>7} {:>7} {:>9} {:>7} {:>9} {:>8} {:>8} {:>7}"
 RESTING = ("offload", "onload", "preparing")
 
@@ -289,13 +289,11 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def seconds_to_read(folder: Path) -> float:
-    """The disk's floor: the same bytes into one buffer, in large pieces by a few threads, cold."""
+def read_all(folder: Path) -> None:
+    """The disk's floor: the same bytes into one buffer, in large pieces by a few threads."""
     pieces = []
     for file in folder.glob("*.safetensors"):
         pieces += [(file, start) for start in range(0, file.stat().st_size, PIECE)]
-    forget(folder)
-    use_free_memory()
     local = threading.local()
 
     def read(piece: tuple[Path, int]) -> None:
@@ -304,10 +302,18 @@ def seconds_to_read(folder: Path) -> float:
         with piece[0].open("rb", buffering=0) as file:
             os.preadv(file.fileno(), [local.buffer], piece[1])
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, pieces))
-    return time.perf_counter() - start
+
+
+def second_of_two(act: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds that *act* takes the second time, with *before* right before each time."""
+    for _ in range(2):
+        before()
+        start = time.perf_counter()
+        act()
+        taken = time.perf_counter() - start
+    return taken
 
 
 @torch.no_grad()
@@ -354,18 +360,18 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
 def cold(
     model: nn.Module, reference: nn.Module, arguments: dict[str, Any], folder: Path, rounds: int
 ) -> dict[str, Any]:
-    """A forward with nothing in the page cache, over the slower of computation and disk."""
+    """A forward with nothing in the page cache, over the slower of computation and disk.
+
+    Each is done twice in a row, and the second counts: what comes first after a pause is slower on a virtual
+    machine, be it computation alone.
+    """
     ratios, seconds = [], []
     for _ in range(rounds):
-        start = time.perf_counter()
-        reference(**arguments)
-        compute_s = time.perf_counter() - start
-        disk_s = seconds_to_read(folder)
-        forget(folder)
+        compute_s = second_of_two(lambda: reference(**arguments))
         use_free_memory()
-        start = time.perf_counter()
-        model(**arguments)
-        forward_s = time.perf_counter() - start
+        disk_s = second_of_two(lambda: read_all(folder), before=lambda: forget(folder))
+        use_free_memory()
+        forward_s = second_of_two(lambda: model(**arguments), before=lambda: forget(folder))
         ratios.append(forward_s / max(compute_s, disk_s))
         seconds.append((forward_s, compute_s, disk_s))
     forward_s, compute_s, disk_s = (statistics.median(column) for column in zip(*seconds, strict=True))

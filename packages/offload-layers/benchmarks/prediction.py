@@ -31,6 +31,7 @@ from disk_offload import (
     make_checkpoint,
     memory,
     model_class,
+    second_of_two,
     skeleton,
     use,
 )
@@ -49,31 +50,28 @@ def measure(folder: Path, share: float, tokens: str, rounds: int) -> dict[str, A
     ram = int(share * nbytes)
     side, text = TOKENS[tokens]
 
-    def planned(**how: Any) -> Plan:
-        use_free_memory()
-        if "rows" in how:
-            return plan(files(folder), device="cpu", ram=ram, **how)
-        return plan(skeleton(), device="cpu", ram=ram, source=DiskMap(files(folder)), **how)
-
     model = skeleton()
     arguments = inputs(model, tokens)
-    first = planned(inputs=arguments)
-    predictions, by_rows, taken = [first], [], []
-    before = memory()["RssAnon"]
-    peak = 0
     handle = offload(model, device="cpu", ram=ram, source=DiskMap(files(folder)))
-    for number in range(rounds + 2):
-        forget(folder)  # the plan is for weights that come from the disk
+    before = memory()["RssAnon"]
+    by_rows, predictions, taken = [], [], []
+    peak = 0
+    for _ in range(2):
+        handle(**arguments)  # the order is learned, and who stays is chosen
+    for _ in range(rounds):
+        use_free_memory()  # at once: a system that takes it back does so within seconds
+        rough = plan(files(folder), device="cpu", ram=ram, rows=side * side + text)
+        source = DiskMap(files(folder))
+        exact = plan(skeleton(), device="cpu", ram=ram, source=source, inputs=arguments, rates=rough.rates)
+        by_rows.append(rough)
+        predictions.append(exact)
         use_free_memory()
+        # the plan is for weights that come from the disk
+        taken.append(second_of_two(lambda: handle(**arguments), before=lambda: forget(folder)))
         with PeakOfAnonymous() as sampled:
-            start = time.perf_counter()
             handle(**arguments)
-            seconds = time.perf_counter() - start
         peak = max(peak, sampled.peak)
-        if number >= 2:  # the order is learned, and who stays is chosen
-            taken.append(seconds)
-            predictions.append(planned(inputs=arguments))
-            by_rows.append(planned(rows=side * side + text))
+    first = predictions[0]
     return {
         "ram_nbytes": ram,
         "tokens": tokens,

@@ -12,6 +12,38 @@ from torch import Tensor, nn
 WIDTH = 16
 
 
+@pytest.fixture(scope="session")
+def multiplies_fp8() -> Callable[[torch.device], bool]:
+    """Whether this torch multiplies eight-bit floats, scaled by rows, on a device."""
+
+    def multiplies(device: torch.device) -> bool:
+        numbers = torch.ones(16, 16, device=device).to(FP8)
+        scales = torch.ones(16, 1, device=device)
+        try:
+            torch._scaled_mm(
+                numbers, numbers.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16
+            )
+        except RuntimeError:
+            return False
+        return True
+
+    return multiplies
+
+
+@pytest.fixture(scope="session")
+def check_runs() -> Callable[[nn.Module, Tensor], None]:
+    """Skip a test of a layer that torch itself cannot run, as 2.4 encoder layers under autocast on a CPU."""
+
+    def check(layer: nn.Module, x: Tensor) -> None:
+        try:
+            with torch.no_grad():
+                layer(x)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+    return check
+
+
 class Norm(nn.Module):
     """A norm with a weight, a persistent buffer and a buffer that no checkpoint has."""
 

@@ -1,7 +1,8 @@
 """``torch.compile`` on managed models: equal results, and whole graphs where nothing has to be moved."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(sys.version_info >= (3, 14), reason="the compiler may not support this Python yet"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),  # on Python 3.13.0
 ]
 RESTING = ("offload", "onload", "preparing")
 CPU: dict[str, Any] = {"computation_device": "cpu", "computation_dtype": torch.float32}
@@ -27,8 +29,12 @@ def plain() -> nn.Sequential:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    config: Any = torch._dynamo.config
+    inlines = getattr(config, "inline_inbuilt_nn_modules", True)  # torch 2.4 has to be told
+    with contextlib.nullcontext() if inlines else config.patch(inline_inbuilt_nn_modules=True):
+        yield
 
 
 @pytest.mark.parametrize("config", [CPU, DISK], ids=["resident", "disk"])

@@ -306,6 +306,7 @@ def test_without_managed_layers_there_is_nothing_to_report() -> None:
         report("model")  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_transfers_have_labels_where_a_profiler_runs() -> None:
     model = managed(PREPARING)
     model(X)

@@ -209,14 +209,15 @@ def test_forwards_that_others_have_replaced_are_put_back() -> None:
     assert model[0].__dict__["forward"] is replaced
 
 
-def test_layers_compute_as_they_do_unwatched() -> None:
+def test_layers_compute_as_they_do_unwatched(check_runs) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval()
     model: Any = nn.Sequential(layer)
     source = CountingSource(model.state_dict())
-    enable_vram_management(model, {nn.TransformerEncoderLayer: AutoWrappedModule}, DISK, None, source)
     x = X.view(2, 1, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):  # where two ways of computing differ most
+        check_runs(layer, x)
+        enable_vram_management(model, {nn.TransformerEncoderLayer: AutoWrappedModule}, DISK, None, source)
         expected = model(x)
         with recording(model):
             found = model(x)

@@ -360,8 +360,11 @@ class Calling(nn.Module):
 @pytest.mark.parametrize(
     "context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
 )
-def test_under_the_same_modes(context: Callable[[], Any]) -> None:
-    model = one(nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval())
+def test_under_the_same_modes(context: Callable[[], Any], check_runs) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval()
+    with context():
+        check_runs(layer, X)
+    model = one(layer)
     with context():
         assert verify(model, X).is_equal
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safemap._dtypes import BITS
 from safemap._write import write_safetensors
-from safemap.testing import sample_tensors
+from safemap.testing import safetensors_bytes, sample_tensors
+from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 Write = Callable[..., str]
@@ -34,6 +36,21 @@ def tensors() -> dict[str, Tensor]:
 def path(tmp_path: Path, tensors: dict[str, Tensor]) -> str:
     """A safetensors file that holds ``tensors``."""
     return _save(tmp_path / "model.safetensors", tensors, {"format": "pt", "made-by": "tests"})
+
+
+def _is_known(code: str) -> bool:
+    try:
+        deserialize(safetensors_bytes({"a": {"dtype": code, "shape": [0], "data_offsets": [0, 0]}}))
+    except SafetensorError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def library_knows() -> Callable[[bytes], bool]:
+    """Whether the safetensors library knows the dtypes that a file names: older releases lack some."""
+    unknown = [f'"{code}"'.encode() for code in BITS if not _is_known(code)]
+    return lambda content: not any(code in content for code in unknown)
 
 
 @pytest.fixture(scope="session")

@@ -100,11 +100,15 @@ def test_convert(source: str, tmp_path: Path, save, save_legacy, capsys: pytest.
     assert f"{output}: 4 tensors" in capsys.readouterr().out
 
 
-def test_converted_files_suit_the_library(path: str, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_converted_files_suit_the_library(
+    path: str, tmp_path: Path, tensors: dict[str, Tensor], library_knows
+) -> None:
     from safetensors import safe_open
 
     output = str(tmp_path / "out.safetensors")
     assert main(["convert", path, output, "--dtype", "float64"]) == 0
+    if not library_knows(Path(output).read_bytes()):
+        pytest.skip("the safetensors library does not know all of these dtypes")
     with safe_open(output, framework="pt") as reference:
         assert set(reference.keys()) == set(tensors)
         for name, tensor in tensors.items():

@@ -425,8 +425,8 @@ def test_pickling_carries_what_was_recorded(file: str) -> None:
 def test_pickling_of_what_is_not_in_the_file(dtype: torch.dtype, file: str) -> None:
     def converter(state_dict: StateDict) -> StateDict:
         constant = torch.arange(6).view(2, 3).to(dtype)
-        sure = torch.where(torch.tensor(True), constant, state_dict["q"][:2, :3].to(dtype))
-        return {"filled": torch.ones(2, 3, dtype=dtype), "real": constant.T, "sure": sure}
+        joined = torch.cat([constant, state_dict["q"][:2, :3].to(dtype)])
+        return {"filled": torch.zeros(2, 3, dtype=dtype), "real": constant.T, "joined": joined}
 
     eager = converter(tensors())
     with DiskMap(file, state_dict_converter=converter) as lazy:

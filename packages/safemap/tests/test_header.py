@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,9 +138,11 @@ def test_malformed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted(name: str, tmp_path: Path) -> None:
+def test_accepted(name: str, tmp_path: Path, library_knows: Callable[[bytes], bool]) -> None:
     path = tmp_path / "good.safetensors"
     path.write_bytes(safetensors_bytes(*ACCEPTED[name]))
+    if not library_knows(path.read_bytes()):
+        pytest.skip("the safetensors library does not know this dtype")
     assert_agrees(path)
 
 

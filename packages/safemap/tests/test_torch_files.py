@@ -155,7 +155,7 @@ def test_legacy_is_read_whole_with_a_warning(tmp_path: Path, save_legacy) -> Non
     assert_same(disk_map.read_into("a", torch.empty(4, 6)), BASE)
 
 
-@pytest.mark.filterwarnings("ignore:.*read as a whole")
+@pytest.mark.filterwarnings("ignore:.*read as a whole", "ignore:Sparse", "ignore:Validating sparse")
 def test_what_meta_tensors_cannot_stand_for_is_read_whole(tmp_path: Path) -> None:
     sparse = torch.eye(3).to_sparse()
     conjugate = torch.tensor([1 + 2j]).conj()
@@ -179,7 +179,8 @@ def test_conjugate_and_negative_tensors_mean_the_same_whoever_reads_them(tmp_pat
         assert_same(DiskMap(tmp_path / "m.safetensors")[name], tensor)
 
 
-@pytest.mark.filterwarnings("ignore:.*read as a whole", "ignore:.*uantized", "ignore:Sparse", "ignore:Typed")
+@pytest.mark.filterwarnings("ignore:.*read as a whole", "ignore:.*uantized", "ignore:Typed")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:Validating sparse")
 @pytest.mark.parametrize(
     ("make", "kind"),
     [

@@ -109,7 +109,7 @@ def test_scripted_submodules() -> None:
         return nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), torch.jit.script(nn.Linear(3, 3)))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         model = built(build)
     assert unmaterialized(model) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert model[0].running_var.tolist() == [1, 1, 1]
@@ -162,6 +162,24 @@ def test_inference_mode() -> None:
         model = nn.BatchNorm1d(3)
     assert model.weight.is_meta
     assert model.running_var.tolist() == [1, 1, 1]
+
+
+def test_deepcopy_of_tensors_from_outside_and_inside() -> None:
+    outside = torch.zeros(3)
+    with skip_model_initialization():
+        copies = copy.deepcopy([outside, torch.ones(2), outside])
+    assert torch.equal(copies[0], outside)
+    assert torch.equal(copies[1], torch.ones(2))
+    assert copies[2] is copies[0]
+
+
+def test_deepcopy_finds_nothing_under_ids_of_the_past() -> None:
+    others = [torch.empty(0) for _ in range(1000)]
+    memo: dict[int, Any] = {id(other): "its copy" for other in others}
+    with skip_model_initialization():
+        ones = copy.deepcopy(torch.ones(2), memo)
+        others.clear()  # what is made next has their ids
+    assert torch.equal(ones, torch.ones(2))
 
 
 def test_deepcopy_and_pickle_afterwards() -> None:

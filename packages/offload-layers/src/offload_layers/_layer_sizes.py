@@ -23,7 +23,7 @@ def size_of(
     is_on_disk = source is not None
     for parameter in layer.parameters():
         name, stored = names[id(parameter)], parameter.dtype
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+        if nn.parameter.is_lazy(parameter):
             raise ConfigError(f'parameter "{name}" has no shape yet; run the model once')
         if source is not None and (parameter.is_meta or name in source):
             check_in_source(source, name, parameter.shape)

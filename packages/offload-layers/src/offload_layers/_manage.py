@@ -80,7 +80,7 @@ def _collect(
     for part in modules:
         for attribute in itertools.chain(*names_of(part, with_buffers=face._owns_buffers)):
             parameter = Slot(part, attribute).tensor
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
+            if parameter is not None and nn.parameter.is_lazy(parameter):
                 raise ConfigError(
                     f'parameter "{attribute}" of layer "{prefix}" has no shape yet; run the model once'
                 )

@@ -150,11 +150,12 @@ class FakeDevice:
             self.used_nbytes += nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
             weakref.finalize(block, self._freed, nbytes)
-            there = torch.frombuffer(block, dtype=torch.uint8)[:nbytes].view(dtype).view(tensor.shape)
+            memory = torch.frombuffer(block, dtype=torch.uint8)
+            there = memory[:nbytes].view(dtype).view(tensor.shape)
             if getattr(self._local, "is_aside", False):
                 self._copying_s += takes_s
                 if there.is_floating_point():
-                    there.fill_(float("nan"))
+                    memory.fill_(0xFF)  # NaN, also where torch cannot fill a tensor of eight-bit floats
                 self._copies.append((there, tensor.detach()))
                 self._copies_begun += 1
             else:

@@ -86,6 +86,8 @@ def _put_off(log: Log, call: Call, pending: list[Tensor]) -> Any:
         or (is_tracked and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in pending))
     ):
         raise ValuesNeeded
+    if name == "__deepcopy__":  # its memo goes by ids, which other objects have when it runs
+        call = call._replace(arguments=(call.arguments[0], {}))
     frozen = call.replace(log.alias)  # now: some calls change which storage a tensor has
     if name in ("to", "cpu", "cuda") and len(pending) == 1 and not call.keywords.get("memory_format"):
         result, device = _converted(call, pending[0], device)
