@@ -62,6 +62,16 @@ def test_a_slab_goes_with_its_last_tensor(driver: Driver, slabs: PinnedSlabs) ->
     assert torch.equal(second, half)
 
 
+def test_each_tensor_counts_its_own_changes(slabs: PinnedSlabs) -> None:
+    first = nn.Parameter(slabs.lock(torch.ones(10)))
+    before = first._version
+    second = slabs.lock(torch.ones(10))
+    second.add_(1)
+    assert first._version == before
+    first.add_(1)
+    assert first._version == before + 1
+
+
 def test_what_cannot_be_locked_is_left_as_it_is(driver: Driver, slabs: PinnedSlabs) -> None:
     large = torch.empty(SLAB + 1, dtype=torch.uint8)
     empty, sparse = torch.empty(0), torch.eye(3).to_sparse()

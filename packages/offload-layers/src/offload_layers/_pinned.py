@@ -53,7 +53,8 @@ class PinnedSlabs:
         if place is None:
             return tensor
         with torch.no_grad():
-            return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            locked = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            return locked.data  # a view has one count of in-place changes with all others of its slab
 
     def _take(self, nbytes: int) -> Tensor | None:
         if not 0 < nbytes <= SLAB:
