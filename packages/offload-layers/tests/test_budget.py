@@ -31,6 +31,12 @@ class Layer:
     def yield_ahead_to(self, other: Borrower, *, waits: bool = True) -> None:
         """Nothing is fetched ahead for this layer."""
 
+    def finish_dropped(self) -> None:
+        """Nothing is fetched ahead for this layer."""
+
+    def drop_ahead(self) -> None:
+        """Nothing is fetched ahead for this layer."""
+
 
 @pytest.fixture
 def budget() -> Budget:

@@ -174,6 +174,58 @@ def test_models_in_threads_make_room_for_each_other(config: dict[str, Any]) -> N
     assert budget.statistics().lent_nbytes == 0
 
 
+class SlowToReadAhead(CountingSource):
+    """Takes its time on the reader's thread, and none on others."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        if threading.current_thread().name.startswith("offload-layers-reader"):
+            time.sleep(0.2)
+        return super().__getitem__(name)
+
+
+def two_small_and_a_large_one(source_of: type[CountingSource]) -> tuple[Any, Budget, int]:
+    """Return a model whose limit has room for its last layer and half of one of the others."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8 * WIDTH))
+    small, large = (4 * (WIDTH + 1) * width for width in (WIDTH, 8 * WIDTH))
+    limit = large + small // 2
+    source = source_of(plain.state_dict())
+    model: Any = enable_vram_management(plain, {nn.Linear: AutoWrappedLinear}, DISK, limit / GIB, source)
+    budget = Budget(torch.device("cpu"))
+    for residency in residencies(model):
+        residency.keeps_staged = False
+        residency.own_budget = budget
+        budget.register(residency)
+    for _ in range(2):  # the order of the layers is learned
+        model(X)
+    residencies(model)[0].schedule.forget()  # type: ignore[union-attr]
+    budget.reset_peak()
+    return model, budget, limit
+
+
+def test_a_fetch_that_was_in_vain_does_not_exceed_the_limit() -> None:
+    model, budget, limit = two_small_and_a_large_one(SlowToReadAhead)
+    model[0](X)  # what comes next is being fetched
+    model[2](X)  # something else comes
+    assert budget.statistics().peak_nbytes <= limit
+
+
+def test_what_one_thread_has_ahead_makes_room_for_the_computation_of_another() -> None:
+    model, budget, limit = two_small_and_a_large_one(CountingSource)
+    model[0](X)
+    residencies(model)[0].schedule.prefetcher.settle()  # type: ignore[union-attr]
+    assert budget.statistics().lent_nbytes  # for the next layer
+
+    def other() -> None:
+        with torch.no_grad():
+            model[2](X)
+
+    assert in_threads(other) == []
+    assert budget.statistics().peak_nbytes <= limit
+    model[1](X)  # what was dropped is fetched again
+    assert_invariants(model)
+
+
 def test_a_thread_that_ends_leaves_nothing_borrowed() -> None:
     model = enable_vram_management(
         stack(), {nn.Linear: AutoWrappedLinear}, DISK, None, CountingSource(stack().state_dict())
@@ -250,7 +302,7 @@ class WatchedDevice(FakeDevice):
         self.told.append(("finished", threading.get_ident()))
         super().finished()
 
-    def record_use(self, tensor: Tensor) -> None:
+    def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
         self.recorded.append(tensor)
 
     def synchronize(self) -> None:

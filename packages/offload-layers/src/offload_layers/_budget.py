@@ -65,6 +65,12 @@ class Borrower(Protocol):
         With *waits* also what is being fetched now, once it is there.
         """
 
+    def finish_dropped(self) -> None:
+        """Wait until nothing is left of a fetch for its model that goes on although it was dropped."""
+
+    def drop_ahead(self) -> None:
+        """Drop what was fetched ahead for its own model, and wait until nothing is left of it."""
+
 
 @dataclass(frozen=True)
 class BudgetStatistics:
@@ -177,12 +183,21 @@ class Budget:
     def borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease:
         """Lend *nbytes* to a layer that is about to compute; others may be asked to make room.
 
-        What was fetched ahead for other models goes first: unlike a resident it was not used yet.
+        What was fetched ahead for other models goes first: unlike a resident it was not used yet. What was
+        for the borrower's own goes last: it will be used next, unless layers are called in another order.
         """
         if limit is not None:
             most = limit - nbytes - borrower.beside_nbytes
-            self._ask_to_yield(borrower, lambda: self._lent <= most)
-            self._ask_to_leave(borrower, lambda: self._lent <= most)
+
+            def is_enough() -> bool:
+                return self._lent <= most
+
+            if not self._is_so(is_enough):
+                borrower.finish_dropped()
+                self._ask_to_yield(borrower, is_enough)
+                self._ask_to_leave(borrower, is_enough)
+                if not self._is_so(is_enough):
+                    borrower.drop_ahead()
         with self._lock:
             return self._lend(borrower, nbytes, is_resident=False)
 
@@ -305,6 +320,12 @@ class Budget:
         s = self.statistics()
         return f"<Budget {s.device} {s.lent_nbytes:,} bytes lent, {s.residents} residents>"
 
+    def _is_so(self, question: Callable[[], bool]) -> bool:
+        """Answer a *question* to the books."""
+        with self._lock:
+            self._collect()
+            return question()
+
     def _ask_to_yield(self, borrower: Borrower, is_enough: Callable[[], bool]) -> None:
         """Ask models other than that of *borrower* to drop what they fetched ahead, until *is_enough*."""
         with self._lock:
@@ -315,9 +336,8 @@ class Budget:
         for other in others:
             if other is not None:
                 other.yield_ahead_to(borrower)
-                with self._lock:
-                    if is_enough():
-                        return
+                if self._is_so(is_enough):
+                    return
 
     def _ask_to_leave(self, borrower: Borrower, is_enough: Callable[[], bool]) -> None:
         """Ask residents other than *borrower* to leave until *is_enough*, a question to the books."""
@@ -328,10 +348,8 @@ class Budget:
             # the most recent resident first: it is the one that will be needed again last
             residents = self._residents()[::-1]
         for resident in residents:
-            if resident is not borrower and resident.try_demote():
-                with self._lock:
-                    if is_enough():
-                        return
+            if resident is not borrower and resident.try_demote() and self._is_so(is_enough):
+                return
 
     def _headroom(self) -> int:
         if self._largest[0] != len(self._borrowers):

@@ -226,6 +226,10 @@ class Prefetcher:
         if waits:
             self._reader.finish_running()
 
+    def finish_dropped(self) -> None:
+        """Wait until nothing is left of a fetch that goes on although it was dropped."""
+        self._reader.finish_running(only_dropped=True)
+
     def ahead_nbytes(self) -> int:
         """Return the bytes that are borrowed for what is ahead of this thread."""
         return self._queue().nbytes

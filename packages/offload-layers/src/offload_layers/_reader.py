@@ -100,13 +100,18 @@ class Reader:
             job._result = None
         job._on_drop()
 
-    def finish_running(self) -> None:
+    def finish_running(self, *, only_dropped: bool = False) -> None:
         """Wait for the job that is being done now, if there is one; also until it is dropped, if it was.
 
         Called by a job itself, as by a destructor that happens to run in it, do nothing.
+
+        Args:
+            only_dropped: Do not wait for a job whose result may still be used.
         """
         with self._changed:
             job = None if threading.get_ident() == self._thread else self._running
+            if job is not None and only_dropped and not job._is_dropped:
+                return
             while job is not None and self._running is job:
                 job._is_awaited = True
                 self._changed.wait(1)
