@@ -487,6 +487,34 @@ def test_a_layer_that_ceases_to_be_resident_while_others_call_it(monkeypatch: py
     assert sim.races == []
 
 
+def test_a_thread_that_has_read_a_resident_weight_when_another_one_makes_it_leave() -> None:
+    model, x, other = make(nn.Sequential(Scale(), Scale()), "preparing"), ones(), Stream()
+    has_read, has_left = threading.Event(), threading.Event()
+
+    def compute(self: Scale, x: Tensor) -> Tensor:
+        weight = self.weight
+        has_read.set()
+        assert has_left.wait(10)
+        return x * weight
+
+    def call() -> None:
+        with torch.no_grad(), sim.stream(other):
+            model[0](x)
+
+    call()  # here the stream is seen to compute
+    model[0].offload()
+    model(x)
+    model[0].instead = compute
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert has_read.wait(10)
+    assert model[0]._owner().try_demote()
+    has_left.set()
+    thread.join(10)
+    x.add(1)
+    assert sim.races == []
+
+
 def test_adapters_are_added_to_what_is_read_when_they_are_there() -> None:
     x, model = ones(), make(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "disk")
     a, b = torch.ones(2, WIDTH).to(CUDA), torch.ones(WIDTH, 2).to(CUDA)
@@ -536,6 +564,13 @@ def test_a_weight_that_is_read_from_outside_before_its_layer_leaves() -> None:
         del weight
     x.add(1)
     assert sim.races == []
+
+
+def test_buffers_of_modules_outside_of_the_map_are_where_the_layers_compute() -> None:
+    plain = nn.Sequential(nn.Identity(), Scale())
+    plain[0].register_buffer("table", torch.ones(WIDTH), persistent=False)
+    managed = make(plain, "disk")
+    assert managed[0].table.device == CUDA
 
 
 def test_buffers_that_go_home() -> None:

@@ -19,6 +19,8 @@ Note [Any stream may compute]
     wait for the copy (``wait``), and the copying queue for his stream (``finished``). A resident layer is
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
     resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
+    A thread that has read a weight then, and is yet to use it, uses it later than that: so the memory is kept
+    for every stream that was seen to compute (``record_use`` of ``by_anyone``).
     Who reads weights from outside of their layer has to ask for each: what is staged for readers is not an
     attribute of its module.
 
@@ -46,6 +48,8 @@ Mark = Any
 
 #: for so long the driver is not asked again what others have taken: a question costs as much as a small layer
 _DRIVER_S = 0.05
+#: of so many streams it is known that they compute; torch itself makes 32 of a kind, given out in turn
+_CALLERS = 64
 
 
 class InUse(NamedTuple):
@@ -102,6 +106,9 @@ class Device(Protocol):
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a host tensor in memory from which it crosses fastest, itself if there is none better."""
 
+    def computes_here(self) -> None:
+        """Be told that the current queue is one that computes."""
+
     def aside(self) -> AbstractContextManager[None]:
         """What this thread enqueues in the block runs beside the computation."""
 
@@ -114,8 +121,11 @@ class Device(Protocol):
     def finished(self) -> None:
         """Let the copying queue go on only after what the computation was told up to now."""
 
-    def record_use(self, tensor: Tensor) -> None:
-        """Keep the memory of *tensor*, once it is dropped, until the current queue is done with it."""
+    def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
+        """Keep the memory of *tensor*, once it is dropped, until the current queue is done with it.
+
+        With *by_anyone* until every queue is that computes.
+        """
 
     def synchronize(self) -> None:
         """Make the host wait until the device has done all that it was told, in any queue."""
@@ -154,6 +164,9 @@ class HostDevice:
         """Return *tensor*: it does not cross anything."""
         return tensor
 
+    def computes_here(self) -> None:
+        """Do nothing."""
+
     def aside(self) -> AbstractContextManager[None]:
         """Return a block in which nothing is different."""
         return nullcontext()
@@ -168,7 +181,7 @@ class HostDevice:
     def finished(self) -> None:
         """Do nothing."""
 
-    def record_use(self, tensor: Tensor) -> None:
+    def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
         """Do nothing."""
 
     def synchronize(self) -> None:
@@ -185,6 +198,7 @@ class Accelerator:
         self._module = torch.get_device_module(device)
         self._copies: Any = None  # the stream, made when it is first used
         self._making_copies = threading.Lock()
+        self._callers: dict[Any, None] = {}  # streams in which somebody computes, the latest last
         self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
         self._others_nbytes, self._ask_driver_at = 0, 0.0
         self._ring = PinnedRing(self._module, device)
@@ -249,6 +263,14 @@ class Accelerator:
                 self._copies = self._copies or self._module.Stream(self._device)
         return self._copies
 
+    def computes_here(self) -> None:
+        """Remember the current stream."""
+        if self._has_streams:
+            stream = self._module.current_stream(self._device)
+            if stream not in self._callers:
+                latest = list(self._callers)[1 - _CALLERS :]
+                self._callers = dict.fromkeys([*latest, stream])  # a new one: others may be reading it
+
     def aside(self) -> AbstractContextManager[None]:
         """Return a block whose work goes to a stream of its own."""
         return self._module.stream(self._copying()) if self._has_streams else nullcontext()
@@ -271,10 +293,12 @@ class Accelerator:
         if self._has_streams:
             self._copying().wait_event(self.mark())
 
-    def record_use(self, tensor: Tensor) -> None:
-        """See Note [Memory that two queues use]."""
+    def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
+        """See Note [Memory that two queues use] and Note [Any stream may compute]."""
         if self._has_streams and tensor.device == self._device:
-            tensor.record_stream(self._module.current_stream(self._device))
+            current = self._module.current_stream(self._device)
+            for stream in {current, *self._callers} if by_anyone else {current}:
+                tensor.record_stream(stream)
 
     def synchronize(self) -> None:
         """Wait for all streams; a device that was not used yet is not started for it."""

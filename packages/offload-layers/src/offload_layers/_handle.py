@@ -12,7 +12,7 @@ from offload_layers._errors import ConfigError
 from offload_layers._fact import PlanAndFact
 from offload_layers._layers import AutoTorchModule
 from offload_layers._machine import Size, vram_limit
-from offload_layers._managed import ManagedModule
+from offload_layers._manage import move_buffers
 from offload_layers._placement import parse_device
 from offload_layers._plan import Plan
 from offload_layers._presented import end_presenting, present
@@ -125,13 +125,3 @@ def _host_nbytes(layer: AutoTorchModule) -> int:
     if onload.is_disk or residency.state is not State.OFFLOAD:
         return 0
     return sum(weight.nbytes_in(onload) for weight in residency.weights if weight.registered.is_meta)
-
-
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers that no layer moves to *device*."""
-    for module in model.modules():
-        if isinstance(module, ManagedModule):
-            continue
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)

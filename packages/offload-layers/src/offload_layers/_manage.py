@@ -138,7 +138,7 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
     """Give values to the parameters on ``meta``, and to the persistent buffers, that no layer manages.
 
     They go to the computation device in the dtype of the source; eight-bit floats, in which nothing
-    computes by itself, become the computation dtype.
+    computes by itself, become the computation dtype. Buffers that the source lacks go there as they are.
     """
     for name, module in model.named_modules():
         if isinstance(module, ManagedModule):
@@ -151,7 +151,18 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
         for part, key, full in _stored_buffers(module, [module], name, source):
             values = _read_buffer(part, key, full, source)
             part._buffers[key] = _for_computation(values, policy).clone()
+    move_buffers(model, policy.computation.device)
     device_of(policy.computation.device).synchronize()  # see Note [Any stream may compute]
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers that no layer moves to *device*."""
+    for module in model.modules():
+        if isinstance(module, ManagedModule):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _for_computation(values: Tensor, policy: Policy) -> Tensor:

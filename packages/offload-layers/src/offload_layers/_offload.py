@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
-from offload_layers._handle import Offloaded, move_buffers
+from offload_layers._handle import Offloaded
 from offload_layers._headers import find_files
 from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mapping
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
-from offload_layers._manage import check_buffers, load_unmanaged
+from offload_layers._manage import check_buffers, load_unmanaged, move_buffers
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
 from offload_layers._plan import LayerSize, Plan, make_plan

@@ -42,7 +42,8 @@ def enable_vram_management(
         vram_limit: GiB of the computation device that may be in use for layers to stay there; None: no
             limit; 0: nothing stays.
         disk_map: Mapping from names to tensors, which weights on disk are read from. With it, parameters
-            on ``meta`` and persistent buffers of modules that the map does not cover are loaded too.
+            on ``meta`` and persistent buffers of modules that the map does not cover are loaded too; these,
+            and their other buffers, are on the computation device then.
         quantize: Tells which linear layers are quantized, by ``quantize.is_quantized_linear(module)``, as
             DiffSynth's ``QuantizeConfig`` does; they become ``AutoWrappedQuantizedModule``, whatever the
             map says, also inside layers of the map.

@@ -45,6 +45,7 @@ class Residency(Resting):
         if schedule is not None:
             schedule.let_go(but=self)
             schedule.saw(self, work)
+        self._device.computes_here()
         with self._lock:
             if self.buffers:
                 self._move_buffers(self.policy.computation.device)

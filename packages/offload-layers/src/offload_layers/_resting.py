@@ -209,6 +209,16 @@ class Resting:
         if self.schedule is not None and self.schedule is not getattr(other, "schedule", None):
             self.schedule.forget(waits=waits)
 
+    def finish_dropped(self) -> None:
+        """Wait until nothing is left of a fetch for this layer's model that was dropped and goes on."""
+        if self.schedule is not None:
+            self.schedule.prefetcher.finish_dropped()
+
+    def drop_ahead(self) -> None:
+        """Drop what was fetched ahead for this layer's own model, and wait until nothing is left of it."""
+        if self.schedule is not None:
+            self.schedule.forget()
+
     def climb_to(self, state: State) -> None:
         """Go up to *state* through the states between; PREPARING only if it fits."""
         with self._lock:
@@ -409,7 +419,7 @@ class Resting:
             if is_on_device:
                 self._device.synchronize()
                 for parameter in self._tiers.top:  # somebody may have read it, or autograd have saved it
-                    self._device.record_use(parameter)
+                    self._device.record_use(parameter, by_anyone=True)
             self._tiers.pop()
         self._expose_if_resident()
         for home, kept in zip(homes, self._tiers.homes, strict=True):

@@ -205,7 +205,10 @@ class FakeDevice:
         with self._lock:
             self._copying_s = max(self._copying_s, self._computing_s)
 
-    def record_use(self, tensor: Tensor) -> None:
+    def computes_here(self) -> None:
+        """Do nothing: there is one queue that computes."""
+
+    def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
         """Do nothing: what Python holds is not used again here."""
 
     def synchronize(self) -> None:
