@@ -4,6 +4,7 @@ Nothing here is needed to use the layers.
 """
 
 import dataclasses
+import math
 import threading
 import weakref
 from collections import deque
@@ -74,6 +75,11 @@ class FakeMemory:
 class _Block(bytearray):
     """Memory of a ``FakeDevice``, which can be seen to go."""
 
+    def holding(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return the tensor that lies here."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        return torch.frombuffer(self, dtype=torch.uint8)[:nbytes].view(dtype).view(shape)
+
 
 @dataclasses.dataclass
 class _FakeMark:
@@ -103,7 +109,7 @@ class FakeDevice:
         self.bytes_per_s = bytes_per_s
         self.used_nbytes = self.peak_nbytes = self.copied_nbytes = 0
         self._computing_s = self._copying_s = 0.0
-        self._copies: deque[tuple[Tensor, Tensor]] = deque()
+        self._copies: deque[tuple[weakref.ref[_Block], torch.dtype, Tensor]] = deque()
         self._copies_begun = self._copies_done = 0
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -150,13 +156,12 @@ class FakeDevice:
             self.used_nbytes += nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
             weakref.finalize(block, self._freed, nbytes)
-            memory = torch.frombuffer(block, dtype=torch.uint8)
-            there = memory[:nbytes].view(dtype).view(tensor.shape)
+            there = block.holding(tensor.shape, dtype)
             if getattr(self._local, "is_aside", False):
                 self._copying_s += takes_s
                 if there.is_floating_point():
-                    memory.fill_(0xFF)  # NaN, also where torch cannot fill a tensor of eight-bit floats
-                self._copies.append((there, tensor.detach()))
+                    block[:] = b"\xff" * len(block)  # NaN
+                self._copies.append((weakref.ref(block), dtype, tensor.detach()))
                 self._copies_begun += 1
             else:
                 self._computing_s += takes_s
@@ -196,9 +201,11 @@ class FakeDevice:
         with self._lock:
             self._computing_s = max(self._computing_s, mark.time_s)
             while self._copies_done < mark.copies:
-                there, values = self._copies.popleft()
-                there.copy_(values)
+                block, dtype, values = self._copies.popleft()
                 self._copies_done += 1
+                there = block()
+                if there is not None:
+                    there.holding(values.shape, dtype).copy_(values)
 
     def finished(self) -> None:
         """Let the second queue go on after what the computation was told."""
@@ -256,4 +263,5 @@ def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
         assert residency._staged is None, residency
         held += residency.leased_nbytes
     if budget is not None:
+        held += sum(shared.leased_nbytes for shared in {layer._shared for layer in residencies(model)})
         assert budget.statistics().lent_nbytes == held, (budget, held)
