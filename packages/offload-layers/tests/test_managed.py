@@ -1,6 +1,7 @@
 """What a managed module keeps of being an ordinary module: loading, saving, copying, assigning, hooks."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
@@ -246,6 +247,13 @@ def test_recurrent_layers(kind: type[nn.RNNBase], config: Config) -> None:
     if config is not HOST_FP64:
         assert torch.equal(pickle.loads(pickle.dumps(layer))(X)[0], module(X)[0])
     assert_invariants(layer)
+
+
+def test_recurrent_layers_drop_what_they_have_computed_with() -> None:
+    layer = wrap(nn.LSTM(4, 3), DISK)
+    layer(X)
+    gc.collect()
+    assert [reference() for reference in layer._flat_weight_refs] == [None] * 4
 
 
 def test_multihead_attention(config: Config) -> None:

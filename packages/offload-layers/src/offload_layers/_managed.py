@@ -72,6 +72,9 @@ class FlatWeights:
         names = module.__dict__["_flat_weights_names"]
         return [getattr(module, name, None) for name in names]
 
+    def __set__(self, module: nn.Module, weights: object) -> None:
+        """Do nothing: ``forward`` would keep the copies alive that it has computed with."""
+
 
 class ManagedModule(nn.Module):
     """A module whose parameters are owned by a residency."""
