@@ -15,6 +15,8 @@ class Layer:
     def __init__(self, name: str, nbytes: int, budget: Budget) -> None:
         self.name = name
         self.computation_nbytes = nbytes
+        self.staying_nbytes = nbytes
+        self.always_passes = False
         self.beside_nbytes = 0
         self.last_called = 0
         self.busy = False
@@ -50,22 +52,46 @@ def stay(layer: Layer, budget: Budget, limit: int | None) -> bool:
 
 def test_residents_leave_room_for_the_largest_layer_twice(budget: Budget) -> None:
     layers = [Layer(f"l{i}", 10, budget) for i in range(5)]
-    large = Layer("large", 25, budget)
+    large = [Layer("large", 25, budget), Layer("other", 25, budget)]
     assert [stay(layer, budget, 85) for layer in layers] == [True, True, True, False, False]
     assert budget.statistics().lent_nbytes == 30
     assert budget.statistics().refusals == 2
-    assert large.lease is None
+    assert large[0].lease is None
+
+
+def test_when_everything_fits_no_room_is_left_for_what_would_pass(budget: Budget) -> None:
+    layers = [Layer(f"l{i}", nbytes, budget) for i, nbytes in enumerate((10, 20, 30, 20))]
+    assert [stay(layer, budget, 79) for layer in layers] == [True, False, False, False]
+    assert [stay(layer, budget, 80) for layer in layers[1:]] == [True, True, True]
+    assert budget.statistics().lent_nbytes == 80
+    assert layers[1].try_demote()
+    assert not stay(layers[1], budget, 79)
+    more = Layer("more", 1, budget)  # of another model
+    assert not stay(layers[1], budget, 80)
+    assert stay(layers[1], budget, 81)
+    assert stay(more, budget, 81)
 
 
 def test_what_others_have_taken_counts() -> None:
     memory = FakeMemory(taken=95)
     budget = Budget(CPU, memory)
     layer = Layer("l", 10, budget)
+    passing = Layer("passing", 10, budget)
     assert not stay(layer, budget, 100)
-    memory.taken = 71
+    memory.taken = 81
     assert not stay(layer, budget, 100)
-    memory.taken = 70
+    memory.taken = 80
     assert stay(layer, budget, 100)
+    assert passing.lease is None
+
+
+def test_layers_that_need_copies_even_if_they_stay_pass_always(budget: Budget) -> None:
+    layers = [Layer(f"l{i}", 10, budget) for i in range(3)]
+    for layer in layers[1:]:
+        layer.always_passes = True
+        budget.register(layer)
+    assert [stay(layer, budget, 40) for layer in layers] == [True, True, False]
+    assert stay(layers[2], budget, 50)
 
 
 def test_without_a_limit_everything_fits(budget: Budget) -> None:

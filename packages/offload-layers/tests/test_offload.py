@@ -25,7 +25,7 @@ from offload_layers import (
     plan,
     reset_counters,
 )
-from offload_layers._budget import budget_of
+from offload_layers._budget import Budget, budget_of
 from offload_layers._find import find_layers
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
@@ -113,8 +113,10 @@ def checkpoint() -> CountingSource:
     return CountingSource(plain().state_dict())
 
 
-def biggest() -> int:
-    return sum(p.nbytes for p in plain().lstm.parameters())
+def least() -> int:
+    """Return what the largest layer takes, with what the model itself holds around it."""
+    net = plain()
+    return net.token.nbytes + sum(p.nbytes for p in net.lstm.parameters())
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +175,9 @@ def test_as_much_stays_as_fits() -> None:
     handle(IDS)
     assert source.reads == []
     assert all(r.state is State.PREPARING for r in residencies(handle.model))
-    small = offload(skeleton(), device="cpu", ram=biggest(), source=checkpoint())
+    small = offload(skeleton(), device="cpu", ram=least(), source=checkpoint())
     small(IDS)
-    assert sum(r.leased_nbytes for r in residencies(small.model)) <= biggest()
+    assert sum(r.leased_nbytes for r in residencies(small.model)) <= least()
 
 
 def test_without_a_source_weights_stay_in_memory() -> None:
@@ -238,7 +240,10 @@ def test_what_is_fetched_ahead_is_used_where_gradients_are_recorded() -> None:
 
 def test_weights_that_are_in_memory_need_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_layers._offload.available_ram", lambda: 1000)
-    held = sum(p.nbytes for layer in find_layers(plain()) for p in layer.parameters())  # ties count twice
+    held = (
+        sum(p.nbytes for layer in find_layers(plain()) for p in layer.parameters())
+        - plain().head.weight.nbytes
+    )
     rates = Rates(1e9, 1e9, 1e9, 1e9)
     assert offload(plain(), device="cpu").plan.ram == held + 800
     assert plan(plain(), device="cpu", rates=rates).ram == held + 800
@@ -278,13 +283,61 @@ def test_given_back_plain() -> None:
     assert handle.remove() is net
 
 
+def under_one_name() -> CountingSource:
+    """Return a checkpoint that has the embedding, which is the head as well, once."""
+    return CountingSource({name: t for name, t in plain().state_dict().items() if name != "head.weight"})
+
+
+def with_books_of_its_own(handle: Offloaded) -> Budget:
+    """Let no other model of this process share the limit."""
+    budget = Budget(torch.device("cpu"))
+    for residency in residencies(handle.model):
+        residency.own_budget = budget
+        budget.register(residency)
+    return budget
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_what_layers_share_takes_memory_once(less: int) -> None:
+    net = plain()
+    nbytes = sum(p.nbytes for p in net.parameters())
+    handle = offload(skeleton(), device="cpu", ram=nbytes - less, source=under_one_name())
+    budget = with_books_of_its_own(handle)
+    for _ in range(3):
+        assert torch.equal(handle(IDS), net(IDS))
+    layers = residencies(handle.model)
+    assert all(layer.resident for layer in layers) == (not less)
+    assert budget.statistics().peak_nbytes <= handle.plan.peak_device_nbytes <= nbytes - less
+    handle.offload()
+    assert_invariants(handle.model, budget)
+
+
+@pytest.mark.parametrize("first", ["embedding", "head"])
+def test_a_copy_that_layers_share_is_paid_for_until_the_last_one_leaves(first: str) -> None:
+    handle = offload(skeleton(), device="cpu", ram="1GB", source=under_one_name())
+    budget = with_books_of_its_own(handle)
+    handle(IDS)
+    layers = {layer.name: layer for layer in residencies(handle.model)}
+    nbytes, everything = plain().head.weight.nbytes, budget.statistics().lent_nbytes
+    assert everything == sum(p.nbytes for p in handle.model.parameters())
+    assert layers[first].try_demote()
+    assert budget.statistics().lent_nbytes == everything
+    assert_invariants(handle.model, budget)
+    for name in {"embedding", "head"} - {first}:
+        assert layers[name].try_demote()
+    assert budget.statistics().lent_nbytes == everything - nbytes
+    assert_invariants(handle.model, budget)
+    assert torch.equal(handle(IDS), plain()(IDS))
+    assert budget.statistics().lent_nbytes == everything
+
+
 def test_another_amount_while_it_runs() -> None:
     handle = offload(skeleton(), device="cpu", ram="1GB", source=checkpoint())
     handle(IDS)
-    handle.set_vram(biggest())
+    handle.set_vram(least())
     handle.offload()
     assert torch.equal(handle(IDS), plain()(IDS))
-    assert sum(r.leased_nbytes for r in residencies(handle.model)) <= biggest()
+    assert sum(r.leased_nbytes for r in residencies(handle.model)) <= least()
     handle.set_vram("1GB")
     handle(IDS)
     assert all(r.state is State.PREPARING for r in residencies(handle.model))
@@ -329,7 +382,7 @@ def test_copies_are_ahead_on_a_device_with_a_bus() -> None:
         (
             {"ram": 100},
             ConfigError,
-            r'layer "lstm" needs 33\.8 kB on cpu while it computes, but ram is 100 B\. Give at least 33',
+            '"lstm" with the layers around it needs 33.9 kB on cpu while it computes, but ram is 100 B. Give',
         ),
         ({"ram": "1G"}, ConfigError, "ram='1G' has the unknown unit"),
         ({"dtype": "bf16"}, ConfigError, "dtype must be a torch.dtype or None; got 'bf16'"),
@@ -530,7 +583,8 @@ def test_prediction_beside_fact() -> None:
     assert fact.report.limit_nbytes == 100_000
     text = str(fact)
     assert f"predicted {prediction.total_s:.3g} s, the last one took {fact.forward_s:.3g} s" in text
-    assert "peak on cpu: predicted 89.8 kB, was " in text
+    assert fact.report.peak_nbytes <= fact.plan.peak_device_nbytes
+    assert "peak on cpu: predicted 100 kB, was " in text
     assert fact.to_dict()["plan"]["prediction"]["total_s"] == prediction.total_s
     more = fact.with_rows(1000).plan.predict()
     assert more is not None

@@ -12,7 +12,8 @@ import pytest
 import torch
 from offload_layers import ConfigError, Plan, Rates, Tier, offload, plan
 from offload_layers._cli import main
-from offload_layers._plan import LayerSize, make_plan
+from offload_layers._layer_sizes import LayerSize, Repeated
+from offload_layers._plan import make_plan
 from offload_layers._work import Work
 from torch import nn
 
@@ -72,6 +73,32 @@ def test_peaks() -> None:
     assert planned.peak_device_nbytes <= planned.vram
     assert make(ram=4 * GB).peak_host_nbytes == 6 * GB // 2 + GB // 2 + (64 << 20)
     assert make(vram=40 * GB).peak_device_nbytes == 20 * GB
+
+
+def test_layers_around_the_one_that_computes_are_on_the_device_with_it() -> None:
+    sizes = [LayerSize(name, GB // 2, GB, GB) for name in ("", "blocks.1", "blocks.1.up", "blocks.10")]
+    settings: dict[str, Any] = {"device": CUDA, "ram": 16 * GB, "rows": 1, "rates": None}
+    planned = make_plan(sizes, vram=3 * GB, **settings)
+    assert counts(planned) == (1, 3, 0)
+    assert planned.peak_device_nbytes == 3 * GB
+    with pytest.raises(ConfigError, match=r'"blocks\.1\.up" with the layers around it needs 3 GB on cuda:0 '):
+        make_plan(sizes, vram=3 * GB - 1, **settings)
+    assert counts(make_plan(sizes[1::2], vram=GB, **settings)) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_layers_share_is_in_one_place_once(on_disk: bool) -> None:
+    names: dict[str, tuple[Repeated, ...]] = {"embedding": (), "block": ()}
+    names["head"] = (Repeated("embedding", GB, GB),)
+    sizes = [LayerSize(name, GB // 2, GB, GB, on_disk, repeated) for name, repeated in names.items()]
+    for device in (CPU, CUDA):
+        planned = make_plan(sizes, device=device, vram=2 * GB, ram=3 * GB, rows=1, rates=None)
+        assert counts(planned) == (3, 0, 0)
+        assert planned.nbytes_on(Tier.DEVICE) == planned.peak_device_nbytes == 2 * GB
+    on_host = make_plan(sizes, device=CUDA, vram=GB, ram=3 * GB, rows=1, rates=None)
+    assert counts(on_host) == (0, 3, 0)
+    assert on_host.nbytes_on(Tier.HOST) == on_host.peak_host_nbytes - (64 << 20) == 2 * GB
+    assert on_host.moving_nbytes == 3 * GB  # it crosses for each of both
 
 
 def test_layers_that_are_read_into_the_ring_make_it_grow() -> None:

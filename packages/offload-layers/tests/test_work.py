@@ -329,7 +329,8 @@ def test_on_a_device_activations_are_left_room_from_the_first_forward_on(device:
 
 
 def test_activations_take_room_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from offload_layers._plan import LayerSize, make_plan
+    from offload_layers._layer_sizes import LayerSize
+    from offload_layers._plan import make_plan
     from offload_layers._work import Work
 
     sizes = [LayerSize(f"{i}", 100, 100, 100) for i in range(10)]

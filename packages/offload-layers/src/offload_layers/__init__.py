@@ -12,6 +12,7 @@ from offload_layers._errors import (
 )
 from offload_layers._fact import PlanAndFact
 from offload_layers._handle import Offloaded
+from offload_layers._layer_sizes import LayerSize
 from offload_layers._layers import (
     AutoTorchModule,
     AutoWrappedLinear,
@@ -21,7 +22,7 @@ from offload_layers._layers import (
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._offload import offload, plan
 from offload_layers._placement import Placement, Policy
-from offload_layers._plan import LayerSize, Plan, PlannedLayer, Prediction
+from offload_layers._plan import Plan, PlannedLayer, Prediction
 from offload_layers._probe import probe
 from offload_layers._quantized import AutoWrappedQuantizedModule
 from offload_layers._rates import Rates

@@ -2,8 +2,9 @@
 
 Bytes are borrowed before they are allocated. A layer that wants to *stay* on the device is refused when
 it does not fit; a layer that must *compute* is never refused, but others are asked to leave first. So
-room for the largest layer and for the one that is fetched ahead is always kept free of residents, and for
-what computations take beside weights (see ``_beside``). So the limit holds; layers larger than it run alone.
+room for the largest layer and for the one that is fetched ahead is kept free of residents, unless everything
+fits, and for what computations take beside weights (see ``_beside``). So the limit holds;
+layers larger than it run alone.
 
 Changing the books happens under one lock; moving tensors happens outside of it.
 """
@@ -47,6 +48,8 @@ class Borrower(Protocol):
 
     name: str
     computation_nbytes: int  # what the layer needs on the device while it computes
+    staying_nbytes: int  # what it takes when it stays, without what an earlier layer of its model has, too
+    always_passes: bool  # it needs copies to compute with even if it stays, since it stays in another dtype
 
     @property
     def last_called(self) -> int:
@@ -94,11 +97,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One loan in the books; the borrower may die with its model, the entry then goes with its lease."""
+    """One loan in the books; the borrower may die with its model, the entry then goes with its lease.
+
+    What is *shared* stays for others, too, when its borrower leaves.
+    """
 
     borrower: "weakref.ref[Borrower]"
     nbytes: int
     is_resident: bool
+    is_shared: bool = False
 
 
 class Lease:
@@ -136,6 +143,9 @@ class Budget:
         self._abandoned: deque[int] = deque()
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._largest: tuple[int, int] = (0, 0)  # for this many borrowers, the largest computation_nbytes
+        self._passing: int | None = (
+            0  # computation_nbytes of those that are not resident; None: to be counted
+        )
         self._lent = self._staying = self._peak = self._refusals = 0
         self._listeners: tuple[Listener, ...] = ()
 
@@ -147,16 +157,15 @@ class Budget:
         """Make room for *borrower* whenever others want to stay; it need not be taken off again."""
         with self._lock:
             self._borrowers.add(borrower)
-            self._largest = (0, 0)
+            self._largest, self._passing = (0, 0), None
 
     def try_borrow(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease | None:
         """Lend *nbytes* to a layer that wants to stay, or return None when it does not fit under *limit*."""
         with self._lock:
             self._collect()
             if limit is not None:
-                # the driver is asked last: it is slow, and our own books refuse most requests
-                stay = self._staying + nbytes + max(self._headroom(), self._lent - self._staying)
-                if stay + borrower.beside_nbytes > limit or stay + self._foreign() > limit:
+                ahead = self._lent - self._staying
+                if not self._fits(nbytes, borrower, borrower.beside_nbytes, limit=limit, ahead=ahead):
                     self._refusals += 1
                     return None
             return self._lend(borrower, nbytes, is_resident=True)
@@ -169,13 +178,13 @@ class Budget:
             if entry.is_resident:
                 return True
             if limit is not None:
-                stay = self._staying + entry.nbytes + self._headroom()
                 borrower = entry.borrower()
                 beside = 0 if borrower is None else borrower.beside_nbytes
-                if stay + beside > limit or stay + self._foreign() > limit:
+                if not self._fits(entry.nbytes, borrower, beside, limit=limit):
                     return False
             self._entries[lease._key] = dataclasses.replace(entry, is_resident=True)
             self._staying += entry.nbytes
+            self._passing = None
             if self._listeners:
                 self._tell()
             return True
@@ -200,6 +209,15 @@ class Budget:
                     borrower.drop_ahead()
         with self._lock:
             return self._lend(borrower, nbytes, is_resident=False)
+
+    def split(self, lease: Lease, nbytes: int) -> Lease:
+        """Return a lease of *nbytes* of those of *lease*, which keeps the rest, for what layers share."""
+        with self._lock:
+            entry, key = self._entries[lease._key], next(self._keys)
+            self._entries[lease._key] = dataclasses.replace(entry, nbytes=entry.nbytes - nbytes)
+            self._entries[key] = dataclasses.replace(entry, nbytes=nbytes, is_shared=True)
+            lease.nbytes -= nbytes
+            return Lease(self, key, nbytes)
 
     def borrow_ahead(self, borrower: Borrower, nbytes: int, *, limit: int | None) -> Lease | None:
         """Lend *nbytes* for a layer that will compute soon, or return None when they do not fit now."""
@@ -236,7 +254,7 @@ class Budget:
     def keep_under(self, limit: int, borrower: Borrower) -> None:
         """Make residents leave until *limit* holds with what was learned of *borrower*'s computations."""
         most = limit - borrower.beside_nbytes
-        self._ask_to_leave(borrower, lambda: self._staying + self._headroom() <= most)
+        self._ask_to_leave(borrower, lambda: self._staying + min(self._headroom(), self._rest()) <= most)
 
     def usage(self) -> Usage:
         """Return what the device says now; all zero where it cannot tell."""
@@ -351,10 +369,30 @@ class Budget:
             if resident is not borrower and resident.try_demote() and self._is_so(is_enough):
                 return
 
+    def _fits(
+        self, nbytes: int, borrower: Borrower | None, beside: int, *, limit: int, ahead: int = 0
+    ) -> bool:
+        """Say whether so many bytes may stay beside the residents, and those who pass have room still."""
+        passing = min(self._headroom(), self._rest(borrower))
+        stay = self._staying + nbytes + max(passing, ahead)
+        # the driver is asked last: it is slow, and our own books refuse most requests
+        return stay + beside <= limit and stay + self._foreign() <= limit
+
     def _headroom(self) -> int:
         if self._largest[0] != len(self._borrowers):
             self._largest = (len(self._borrowers), max(b.computation_nbytes for b in self._borrowers))
+            self._passing = None
         return IN_FLIGHT * self._largest[1]
+
+    def _rest(self, staying: Borrower | None = None) -> int:
+        """Return what would be there beside the residents, and *staying*, if everything was."""
+        if self._passing is None:
+            loans = [e.borrower() for e in self._entries.values() if e.is_resident and not e.is_shared]
+            residents = set(map(id, loans))
+            always = sum(b.computation_nbytes for b in self._borrowers if b.always_passes)
+            others = (b for b in self._borrowers if not b.always_passes and id(b) not in residents)
+            self._passing = always + sum(b.staying_nbytes for b in others)
+        return self._passing - (0 if staying is None else _ceasing(staying))
 
     def _foreign(self) -> int:
         """Return the bytes of the device that are taken, but not by what this budget has lent."""
@@ -365,7 +403,9 @@ class Budget:
         key = next(self._keys)
         self._entries[key] = _Entry(weakref.ref(borrower), nbytes, is_resident)
         self._lent += nbytes
-        self._staying += nbytes if is_resident else 0
+        if is_resident:
+            self._staying += nbytes
+            self._passing = None if self._passing is None else self._passing - _ceasing(borrower)
         self._peak = max(self._peak, self._lent)
         if self._listeners:
             self._tell()
@@ -378,7 +418,9 @@ class Budget:
     def _strike_out(self, key: int) -> None:
         entry = self._entries.pop(key)
         self._lent -= entry.nbytes
-        self._staying -= entry.nbytes if entry.is_resident else 0
+        if entry.is_resident:
+            self._staying -= entry.nbytes
+            self._passing = None
         if self._listeners:
             self._tell()
 
@@ -396,6 +438,11 @@ class Budget:
         """Strike out the loans of borrowers that are garbage."""
         while self._abandoned:
             self._strike_out(self._abandoned.popleft())
+
+
+def _ceasing(borrower: Borrower) -> int:
+    """Return what does not have to pass any more once *borrower* stays."""
+    return 0 if borrower.always_passes else borrower.staying_nbytes
 
 
 _BUDGETS: dict[torch.device, Budget] = {}

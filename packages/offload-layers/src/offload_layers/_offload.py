@@ -13,14 +13,14 @@ from offload_layers._find import Found, find_layers
 from offload_layers._fp8 import FP8
 from offload_layers._handle import Offloaded
 from offload_layers._headers import find_files
-from offload_layers._layer_sizes import size_of, sizes_of_files, sizes_of_mapping
+from offload_layers._layer_sizes import LayerSize, sizes_of, sizes_of_files, sizes_of_mapping
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
 from offload_layers._manage import check_buffers, load_unmanaged, move_buffers
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
-from offload_layers._plan import LayerSize, Plan, make_plan
+from offload_layers._plan import Plan, make_plan
 from offload_layers._presented import present
 from offload_layers._probe import probe
 from offload_layers._rates import Rates
@@ -85,7 +85,7 @@ def offload(
     checked = None if given is None else with_ties(given, model)
     found = _find(model)
     check_buffers(model, checked)
-    sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
+    sizes = sizes_of(found, checked, dtype, storage_dtype)
     ahead = _fetches_ahead(target, checked)
     work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
     if rates is None and inputs is not None:
@@ -171,7 +171,7 @@ def plan(
         checked = None if given is None else with_ties(given, model)
         ahead = _fetches_ahead(target, checked)
         found = _find(model)
-        sizes = [size_of(layer, checked, dtype, storage_dtype) for layer in found]
+        sizes = sizes_of(found, checked, dtype, storage_dtype)
         held = _held_nbytes(found, sizes)
         file = _file_of(given)
         if inputs is not None:
@@ -266,7 +266,7 @@ def _plan(
 def _held_nbytes(found: list[Found], sizes: list[LayerSize]) -> int:
     """Return the bytes of weights that are in host memory already, and stay there, as a plan counts them."""
     kept = [layer for layer, size in zip(found, sizes, strict=True) if not size.is_on_disk]
-    held = [p for layer in kept for p in layer.parameters() if p.device.type == "cpu"]
+    held = {p for layer in kept for p in layer.parameters() if p.device.type == "cpu"}
     return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
 

@@ -5,12 +5,13 @@ what is in host memory crosses the bus in each forward; what is on disk is read 
 device's memory is given to the layers that hide least behind computation, then the host's.
 
 Note [Peaks]
-    A forward holds, beside the residents, the layer that computes and those that are fetched ahead, at most
-    ``PASSING`` of the largest; what stays leaves room for ``IN_FLIGHT`` of them, and the limit bounds all. On
-    a CPU nothing is fetched ahead if the source brings weights closer by itself: there it is the computing
-    layer alone. On the host there are the weights that stay there, one layer on its way from disk, and the
-    page-locked ring. A layer that fits into the ring is read beside it in the first forward only; later it is
-    read into the ring, which grows for it.
+    A forward holds, beside the residents, the layer that computes with the weights of those around it, and
+    those that are fetched ahead, ``LARGEST_AHEAD`` of the largest at most. What stays, if not all can, leaves
+    room for ``IN_FLIGHT`` of the largest, and the limit bounds all. On a CPU nothing is fetched ahead if the
+    source brings weights closer by itself: there it is the computing layer alone, in those around it. On the
+    host there are the weights that stay there, one layer on its way from disk, and the page-locked ring. A
+    layer that fits into the ring is read beside it in the first forward only; later it is read into the ring,
+    which grows for it. What layers share, and have in one place, is there once.
 
 Note [One memory]
     On a CPU the host's memory is the device's. Weights that no source can give again are in it all the time:
@@ -21,61 +22,21 @@ Note [One memory]
 
 import dataclasses
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from offload_layers._budget import IN_FLIGHT
-from offload_layers._choice import Demand, choose_residents
 from offload_layers._errors import ConfigError
-from offload_layers._pinned import CHUNK, LARGEST, ring_nbytes
+from offload_layers._layer_sizes import LayerSize, Repeated, around, together
 from offload_layers._plan_picture import plot_plan
+from offload_layers._plan_text import describe
 from offload_layers._prefetch import LARGEST_AHEAD
 from offload_layers._rates import Rates
-from offload_layers._sizes import format_size
 from offload_layers._tier import Tier
+from offload_layers._tier_choice import beside_nbytes, choose_tiers, passing_host
 from offload_layers._work import Work
-
-#: of the largest layer: what is on the device beside the residents
-PASSING = 1 + LARGEST_AHEAD
-_RING_NBYTES = 2 * CHUNK
-#: layers that compute for the time step alone, not for every token. Source: the names of the transformers
-#: in diffusers and DiffSynth-Studio, where they hold up to a third of the weights
-_COMPUTED_ONCE = re.compile(
-    r"(^|[._])(mod|modulation|ada_?ln\w*|time\w*|temb|guidance\w*)([._]|$)|(^|\.)norm\w*\.linear$",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """One layer as a plan sees it.
-
-    Attributes:
-        name: Dotted name.
-        numel: Elements of its weights.
-        nbytes: Bytes that they take where they compute.
-        stored_nbytes: Bytes that they take where they rest, which are those that cross the bus.
-        is_on_disk: Whether a source can give them.
-    """
-
-    name: str
-    numel: int
-    nbytes: int
-    stored_nbytes: int
-    is_on_disk: bool = True
-
-    @property
-    def is_computed_once(self) -> bool:
-        """Whether the layer is computed for one row of input only, as its name tells: a modulation."""
-        return _COMPUTED_ONCE.search(self.name) is not None
-
-    def work(self, rows: int) -> float:
-        """Return the multiplications that a forward with *rows* rows takes."""
-        return float(self.numel * (1 if self.is_computed_once else rows))
 
 
 @dataclass(frozen=True)
@@ -131,24 +92,26 @@ class Plan:
 
     def nbytes_on(self, tier: Tier) -> int:
         """Return the bytes of the weights that stay on *tier*."""
-        return sum(_nbytes(layer.size, tier) for layer in self.layers if layer.tier is tier)
+        return together(self._on(tier), _computing if tier is Tier.DEVICE else _stored)
 
     @property
     def moving_nbytes(self) -> int:
         """Bytes that cross the bus in a forward."""
-        return sum(layer.size.stored_nbytes for layer in self.layers if layer.tier is not Tier.DEVICE)
+        return sum(size.stored_nbytes for size in self._on(Tier.HOST, Tier.DISK))
 
     @property
     def beside_nbytes(self) -> int:
         """Bytes of *vram* that computations take beside weights, as far as that is known."""
-        return _beside_nbytes(self.device, self.work)
+        return beside_nbytes(self.device, self.work)
 
     @property
     def resting_nbytes(self) -> int:
         """Bytes of the device's memory that weights take without being copies; see Note [One memory]."""
         if self.device.type != "cpu":
             return 0
-        return sum(_nbytes(layer.size, layer.tier) for layer in self.layers if not layer.size.is_on_disk)
+        staying = [size for size in self._on(Tier.DEVICE) if not size.is_on_disk]
+        others = [size for size in self._on(Tier.HOST, Tier.DISK) if not size.is_on_disk]
+        return together(staying, _computing) + together(others, _stored)
 
     @property
     def limit_nbytes(self) -> int:
@@ -159,25 +122,24 @@ class Plan:
     def peak_device_nbytes(self) -> int:
         """Most bytes of weights on the device at once; see Note [Peaks] and Note [One memory]."""
         is_one = self.device.type == "cpu"
-        copied = [layer for layer in self.layers if layer.size.is_on_disk or not is_one]
-        staying = sum(layer.size.nbytes for layer in copied if layer.tier is Tier.DEVICE)
-        moving = [layer.size.nbytes for layer in self.layers if layer.tier is not Tier.DEVICE]
-        passing = sum(sorted(moving)[-PASSING if self.fetches_ahead else -1 :])
+        staying = [size for size in self._on(Tier.DEVICE) if size.is_on_disk or not is_one]
+        moving = self._on(Tier.HOST, Tier.DISK)
+        outer = around(moving)
+        computing = max((size.nbytes + outer[size.name] for size in moving), default=0)
+        ahead = sum(size.nbytes for size in moving) - max((size.nbytes for size in moving), default=0)
+        window = LARGEST_AHEAD * max(layer.size.nbytes for layer in self.layers) if self.fetches_ahead else 0
+        passing = computing + min(ahead, window)
         room = self.limit_nbytes - self.foreign_nbytes - self.beside_nbytes
-        return self.resting_nbytes + min(staying + passing, max(room, max(moving, default=0)))
+        return self.resting_nbytes + min(together(staying, _computing) + passing, max(room, computing))
 
     @property
     def peak_host_nbytes(self) -> int:
         """Most bytes of weights in host memory at once, if that is not the device; see Note [Peaks]."""
         if self.device.type == "cpu":
             return 0
-        from_disk = max((x.size.stored_nbytes for x in self.layers if x.tier is Tier.DISK), default=0)
-        kept = sum(
-            layer.size.stored_nbytes
-            for layer in self.layers
-            if layer.tier is Tier.HOST or not layer.size.is_on_disk
-        )
-        return kept + _passing_host(from_disk)
+        from_disk = max((size.stored_nbytes for size in self._on(Tier.DISK)), default=0)
+        kept = [x.size for x in self.layers if x.tier is Tier.HOST or not x.size.is_on_disk]
+        return together(kept, _stored) + passing_host(from_disk)
 
     @property
     def of_what(self) -> str:
@@ -197,7 +159,7 @@ class Plan:
                 for x in self.layers
             )
         bus = self.moving_nbytes / rates.bus_bytes_per_s
-        read = self.nbytes_on(Tier.DISK)
+        read = sum(size.stored_nbytes for size in self._on(Tier.DISK))
         disk = read / rates.disk_bytes_per_s
         if self.device.type != "cpu":
             return Prediction(compute, bus, disk, max(compute, bus, disk))
@@ -248,45 +210,10 @@ class Plan:
         plot_plan(self, path)
 
     def __str__(self) -> str:
-        total = sum(layer.size.stored_nbytes for layer in self.layers)
-        lines = [
-            f"{len(self.layers):,} layers, {format_size(total)}, computing on {self.device} with "
-            f"{format_size(self.vram)} of its memory"
-            + ("" if self.device.type == "cpu" else f" and {format_size(self.ram)} of the host's")
-        ]
-        for tier in Tier:
-            count = sum(layer.tier is tier for layer in self.layers)
-            if count:
-                lines.append(f"  {tier.value:<7}{count:>6,} layers  {format_size(self.nbytes_on(tier)):>9}")
-        lines.append(f"  peak   {format_size(self.peak_device_nbytes)} of weights on {self.device}")
-        if self.work is not None:
-            lines[-1] += f", {format_size(self.work.activations_nbytes)} of activations beside them"
-        if self.peak_host_nbytes:
-            lines[-1] += f", {format_size(self.peak_host_nbytes)} in host memory"
-        prediction = self.predict()
-        if prediction is not None:
-            lines.append(
-                f"  one forward {self.of_what}: {prediction.total_s:.3g} s (computation "
-                f"{prediction.compute_s:.3g} s, bus {prediction.bus_s:.3g} s, disk {prediction.disk_s:.3g} s)"
-            )
-            lines += self._more()
-        return "\n".join(lines)
+        return describe(self)
 
-    def _more(self) -> list[str]:
-        """Say what more memory would give, where it would give at least a twentieth."""
-        now, lines = self.predict(), []
-        assert now is not None
-        is_one = self.device.type == "cpu"
-        kinds = [_limiting(self.device, self.vram, self.ram)] if is_one else ["vram", "ram"]
-        for more in (2 * 10**9, 4 * 10**9, 8 * 10**9):
-            for what in kinds:
-                then = self.with_more(**{what: more}).predict()
-                assert then is not None
-                if then.total_s < 0.95 * now.total_s:
-                    lines.append(
-                        f"  {what} +{format_size(more)}: {now.total_s:.3g} -> {then.total_s:.3g} s a forward"
-                    )
-        return lines
+    def _on(self, *tiers: Tier) -> list[LayerSize]:
+        return [layer.size for layer in self.layers if layer.tier in tiers]
 
 
 def make_plan(
@@ -308,104 +235,25 @@ def make_plan(
     """
     if not sizes:
         raise ConfigError("there is nothing to plan: no layer has weights")
-    _check_host(sizes, device, ram)
-    rests = [device.type == "cpu" and not size.is_on_disk for size in sizes]  # see Note [One memory]
-    resting = _fixed_nbytes(sizes, device) if device.type == "cpu" else 0
-    costs = [max(0, x.nbytes - x.stored_nbytes) if r else x.nbytes for x, r in zip(sizes, rests, strict=True)]
-    copied = [size for size, rest, cost in zip(sizes, rests, costs, strict=True) if cost or not rest]
-    largest = max(copied, key=lambda size: size.nbytes, default=LayerSize("", 0, 0, 0))
-    beside_nbytes = _beside_nbytes(device, work)
-    room = vram - foreign_nbytes - beside_nbytes
-    if device.type == "cpu":
-        room = min(room, ram - resting)
-    everything = sum(costs)
-    if largest.nbytes > room < everything:
-        taken = [f"{format_size(foreign_nbytes)} are taken by others"] if foreign_nbytes else []
-        taken += [f"{format_size(beside_nbytes)} are needed for activations"] if beside_nbytes else []
-        taken += [f"{format_size(resting)} are weights which no source can give again"] if resting else []
-        given = f"{_limiting(device, vram, ram)} is {format_size(vram)}{', of which ' if taken else ''}"
-        least = largest.nbytes + foreign_nbytes + beside_nbytes + resting
-        raise ConfigError(
-            f'layer "{largest.name}" needs {format_size(largest.nbytes)} on {device} while it computes, but '
-            f"{given}{' and '.join(taken)}. Give at least {format_size(least)}."
-        )
-    window = LARGEST_AHEAD * largest.nbytes
     works = [size.work(rows) if work is None else work.layer_s.get(size.name, 0.0) for size in sizes]
-    demands = [Demand(cost, hides) for cost, hides in zip(costs, works, strict=True)]
-    stay_room = everything if everything <= room else max(0, room - IN_FLIGHT * largest.nbytes)
-    on_device = choose_residents(demands, room=stay_room, window=window)
-    on_device |= {i for i, rest in enumerate(rests) if rest and not costs[i]}
-    if device.type == "cpu":  # the host is the device: what does not stay there is where it came from
-        on_host = frozenset(i for i, size in enumerate(sizes) if not size.is_on_disk) - on_device
-    else:
-        on_host = _host(sizes, works, on_device, device, ram=ram, window=window)
-    tiers = [
-        Tier.DEVICE if i in on_device else Tier.HOST if i in on_host else Tier.DISK for i in range(len(sizes))
-    ]
+    tiers = choose_tiers(
+        sizes,
+        works,
+        device=device,
+        vram=vram,
+        ram=ram,
+        taken={
+            "are taken by others": foreign_nbytes,
+            "are needed for activations": beside_nbytes(device, work),
+        },
+    )
     layers = tuple(PlannedLayer(size, tier) for size, tier in zip(sizes, tiers, strict=True))
     return Plan(device, vram, ram, layers, rows, rates, foreign_nbytes, fetches_ahead, work)
 
 
-def _limiting(device: torch.device, vram: int, ram: int) -> str:
-    """Return which argument limits the weights on the device: on a CPU the smaller of both."""
-    return "ram" if device.type == "cpu" and ram <= vram else "vram"
+def _computing(part: LayerSize | Repeated) -> int:
+    return part.nbytes
 
 
-def _beside_nbytes(device: torch.device, work: Work | None) -> int:
-    """Return what computations take of *vram*, which on a CPU is a limit of weights alone."""
-    return 0 if work is None or device.type == "cpu" else work.activations_nbytes
-
-
-def _check_host(sizes: Sequence[LayerSize], device: torch.device, ram: int) -> None:
-    """Refuse what takes more host memory than *ram*, whatever stays on the device."""
-    without = [size for size in sizes if not size.is_on_disk]  # their weights are in host memory anyway
-    needed = _fixed_nbytes(sizes, device)
-    if needed <= ram:
-        return
-    parts = [] if device.type == "cpu" else [f"{format_size(_RING_NBYTES)} for page-locked buffers"]
-    if without:
-        parts.append(f"the weights of {len(without):,} layers which no source can give again")
-    remedy = "Pass source=, so that weights may stay on disk, or give" if without else "Give"
-    raise ConfigError(
-        f"{format_size(needed)} of host memory are needed ({' and '.join(parts)}), but ram is "
-        f"{format_size(ram)}. {remedy} at least so much."
-    )
-
-
-def _fixed_nbytes(sizes: Sequence[LayerSize], device: torch.device) -> int:
-    without = [size for size in sizes if not size.is_on_disk]
-    if device.type == "cpu":  # where what stays on the device is not stored beside it
-        return sum(min(size.nbytes, size.stored_nbytes) for size in without)
-    return _RING_NBYTES + sum(size.stored_nbytes for size in without)
-
-
-def _host(
-    sizes: Sequence[LayerSize],
-    works: Sequence[float],
-    on_device: frozenset[int],
-    device: torch.device,
-    *,
-    ram: int,
-    window: int,
-) -> frozenset[int]:
-    """Return which of the layers that are not on the device stay in host memory."""
-    moving = [i for i, size in enumerate(sizes) if i not in on_device and size.is_on_disk]
-    demands = [Demand(sizes[i].stored_nbytes, works[i]) for i in moving]
-    everything = sum(demand.nbytes for demand in demands)
-    passing = max((demand.nbytes for demand in demands), default=0)  # one layer on its way from disk
-    room = ram - _fixed_nbytes(sizes, device)
-    if everything > room:
-        room = max(0, room + _RING_NBYTES - _passing_host(passing))
-    chosen = choose_residents(demands, room=room, window=window)
-    others = {i for i, size in enumerate(sizes) if not size.is_on_disk and i not in on_device}
-    return frozenset({moving[i] for i in chosen} | others)
-
-
-def _passing_host(nbytes: int) -> int:
-    """Return what a layer of *nbytes* on its way from disk takes of the host, with the ring."""
-    beside = nbytes + _RING_NBYTES
-    return beside if nbytes > LARGEST else max(beside, ring_nbytes(nbytes))
-
-
-def _nbytes(size: LayerSize, tier: Tier) -> int:
-    return size.nbytes if tier is Tier.DEVICE else size.stored_nbytes
+def _stored(part: LayerSize | Repeated) -> int:
+    return part.stored_nbytes

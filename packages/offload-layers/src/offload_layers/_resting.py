@@ -21,7 +21,7 @@ from offload_layers._labels import label
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
-from offload_layers._shared import SharedCopies
+from offload_layers._shared import Lacking, SharedCopies
 from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
@@ -84,6 +84,7 @@ class Resting:
         if self._rests_on_device:
             self._device.synchronize()  # see Note [Any stream may compute]
         self._expose_if_resident()
+        self._repeated = {w for w in weights if self._shared.holders(w.registered)}
         self._register_with_budget()
         for weight in weights:
             self._shared.join(self, weight.registered)
@@ -164,9 +165,10 @@ class Resting:
                 self._drop_to(state)
             else:
                 placement = self.policy[state]
-                nbytes = self._new_nbytes(placement)
-                lease = self.budget.borrow(self, nbytes, limit=self.limit) if nbytes else None
-                self._push(placement, lease)
+                lacking, lease = self._lacking(placement), None
+                if lacking is not None:
+                    lease = self.budget.borrow(self, lacking.nbytes, limit=self.limit)
+                self._push(placement, lacking, lease)
 
     def try_prepare(self) -> bool:
         """Go from ONLOAD to PREPARING if its bytes fit under the limit; say whether it is there."""
@@ -174,12 +176,12 @@ class Resting:
             if self.state is not State.ONLOAD:
                 return self.state is State.PREPARING
             placement = self.policy.preparing
-            lease = None
-            if nbytes := self._new_nbytes(placement):
-                lease = self._borrow_to_stay(nbytes)
+            lacking, lease = self._lacking(placement), None
+            if lacking is not None:
+                lease = self._borrow_to_stay(lacking.nbytes)
                 if lease is None:
                     return False
-            self._push(placement, lease)
+            self._push(placement, lacking, lease)
             return True
 
     def try_demote(self) -> bool:
@@ -366,7 +368,11 @@ class Resting:
         computation = self.policy.computation
         moves = computation not in (self.policy.onload, self.policy.offload)
         self.computation_nbytes = sum(w.nbytes_in(computation) for w in self.weights) if moves else 0
-        self.preparing_nbytes = self._new_nbytes(self.policy.preparing)
+        preparing = self.policy.preparing
+        self.preparing_nbytes = self._new_nbytes(preparing)
+        repeated = [w for w in self.weights if w in self._repeated and not preparing.holds(w.registered)]
+        self.staying_nbytes = self.preparing_nbytes - sum(w.nbytes_in(preparing) for w in repeated)
+        self.always_passes = preparing != computation
         self.budget.register(self)
 
     def settle(self, weight: Weight, parameter: nn.Parameter) -> None:
@@ -385,7 +391,14 @@ class Resting:
             return 0
         return sum(w.nbytes_in(placement) for w in self.weights if not placement.holds(w.registered))
 
-    def _push(self, placement: Placement, lease: Lease | None) -> None:
+    def _lacking(self, placement: Placement) -> Lacking | None:
+        """Return what going to *placement* brings to the compute device; None if nothing."""
+        if placement.device != self.policy.computation.device:
+            return None
+        coming = [weight for weight in self.weights if not placement.holds(weight.registered)]
+        return self._shared.lacking(coming, placement, self.source) if coming else None
+
+    def _push(self, placement: Placement, lacking: Lacking | None, lease: Lease | None) -> None:
         self._drop_kept()
         self._hide()
         coming = [(w, w.registered) for w in self.weights if not placement.holds(w.registered)]
@@ -404,6 +417,11 @@ class Resting:
                 )
             if placement.device == self.policy.computation.device:
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
+            if lacking is not None and lease is not None:
+                for weight in lacking.weights:
+                    if self.tied(weight):
+                        its = self.budget.split(lease, weight.nbytes_in(placement))
+                        self._shared.pay(weight.registered, its)
         except BaseException:
             if lease is not None:
                 lease.give_back()

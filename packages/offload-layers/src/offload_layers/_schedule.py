@@ -28,7 +28,6 @@ class Staying(Borrower, Protocol):
 
     resident: bool
     limit: int | None
-    preparing_nbytes: int  # what the layer takes when it stays
 
     @property
     def budget(self) -> Budget:
@@ -178,13 +177,13 @@ class Schedule:
         if layer.limit is None or since <= self._displaced:
             return False
         self._displaced = self.last_called
-        lacking = sum(other.preparing_nbytes for other in self.called() if not other.resident)
+        lacking = sum(other.staying_nbytes for other in self.called() if not other.resident)
         nbytes = lacking + self.prefetcher.window
         return layer.budget.displace_idle(layer, nbytes, limit=layer.limit, since=since)
 
     def _choose(self, room: int) -> None:
         layers = list(self._layers())
-        demands = [Demand(layer.preparing_nbytes, self._work[weakref.ref(layer)]) for layer in layers]
+        demands = [Demand(layer.staying_nbytes, self._work[weakref.ref(layer)]) for layer in layers]
         chosen = choose_residents(demands, room=room, window=self.prefetcher.window)
         self._chosen = frozenset(weakref.ref(layers[index]) for index in chosen)
         self._chosen_for = room, len(self._work)

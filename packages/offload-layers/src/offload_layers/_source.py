@@ -63,6 +63,12 @@ def stored_dtype(source: Source, name: str, default: torch.dtype) -> torch.dtype
     return default
 
 
+def stored_name(source: Source | None, name: str) -> str:
+    """Return the name under which *source* itself has *name*: another one for weights that are tied."""
+    tells = offered(source, "stored_name")
+    return name if tells is None else str(tells(name))
+
+
 def check_in_source(source: Source, name: str, shape: torch.Size) -> None:
     """Raise unless the source has *name*, and in that shape as far as it tells without reading."""
     if name not in source:
