@@ -45,7 +45,6 @@ WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
 ROOM = 8 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
-LINE = "{:30} {:>7} {:>7} {:>9} {:>7} {:>9} {:>8} {:>8} {:>7}"
 RESTING = ("offload", "onload", "preparing")
 
 
@@ -417,17 +416,8 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         make_checkpoint(folder)
         rows = []
-        print(
-            LINE.format(
-                "subject",
-                "threads",
-                *options.tokens,
-                *(f"{t}*" for t in options.tokens),
-                "peak",
-                "mapped",
-                "growth",
-            )
-        )
+        cold = [f"{tokens}*" for tokens in options.tokens]
+        print(line("subject", "threads", *options.tokens, *cold, "peak", "mapped", "growth"))
         for subject in options.subjects:
             forwards = str(options.forwards)
             used = in_a_process(
@@ -455,6 +445,10 @@ def main() -> None:
         options.output.write_text(json.dumps(text, indent=1))
 
 
+def line(subject: str, *cells: object) -> str:
+    return f"{subject:30}" + "".join(f"{cell!s:>10}" for cell in cells)
+
+
 def show(row: dict[str, Any], tokens: list[str]) -> None:
     def cell(values: dict[str, Any], key: str, scale: float = 1.0, form: str = ".2f") -> str:
         return format(values[key] / scale, form) if key in values else "-"
@@ -465,7 +459,7 @@ def show(row: dict[str, Any], tokens: list[str]) -> None:
 
     times = [ratio(t) for t in tokens] + [ratio(f"{t}, cold") for t in tokens]
     used = [cell(row["memory"], f"{k}_nbytes", 1e6, ",.0f") for k in ("peak", "mapped", "growth")]
-    print(LINE.format(row["subject"], row["threads"], *times, *used), flush=True)
+    print(line(row["subject"], row["threads"], *times, *used), flush=True)
     for part, values in row.items():
         if isinstance(values, dict) and "error" in values:
             print(f"    {part}: {values['error']}", flush=True)
