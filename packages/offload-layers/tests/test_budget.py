@@ -3,7 +3,8 @@ import gc
 import pytest
 import torch
 from offload_layers import BudgetError
-from offload_layers._budget import Borrower, Budget, Lease
+from offload_layers._books import Borrower
+from offload_layers._budget import Budget, Lease
 from offload_layers.testing import FakeMemory
 
 CPU = torch.device("cpu")

@@ -195,7 +195,7 @@ def test_nothing_is_left_afterwards() -> None:
     model(X)
     assert (len(timeline.samples), len(timeline.intervals)) == (samples, intervals)
     assert not any("forward" in layer.__dict__ for layer in model)
-    assert model[0]._owner().budget._listeners == ()
+    assert model[0]._owner().budget._books.listeners == ()
 
 
 def test_forwards_that_others_have_replaced_are_put_back() -> None:

@@ -8,7 +8,8 @@ stays known: a later computation that takes less changes nothing, one that takes
 import threading
 from collections import Counter
 
-from offload_layers._budget import Borrower, Budget
+from offload_layers._books import Borrower
+from offload_layers._budget import Budget
 
 
 class Beside:

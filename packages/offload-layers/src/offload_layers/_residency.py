@@ -15,8 +15,9 @@ from offload_layers._budget import Lease
 from offload_layers._changes import fingerprint, watch
 from offload_layers._device import Mark
 from offload_layers._labels import is_profiling, label
+from offload_layers._owning import Owning
 from offload_layers._prefetch import Fetched, MadeFrom
-from offload_layers._resting import HEIGHT, Resting
+from offload_layers._resting import HEIGHT
 from offload_layers._source import Source
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State
@@ -27,7 +28,7 @@ from offload_layers._weight import Weight
 Result = TypeVar("Result")
 
 
-class Residency(Resting):
+class Residency(Owning):
     """Owns one layer's weights; lets the layer compute with them wherever they rest."""
 
     # -- computing ----------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from offload_layers._beside import Beside
-from offload_layers._budget import Borrower, Budget
+from offload_layers._books import Borrower
+from offload_layers._budget import Budget
 from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
