@@ -80,7 +80,7 @@ class SharedCopies:
             return sum(lease.nbytes for lease in self._leases.values())
 
     def lacking(self, weights: Iterable[Weight], placement: Placement, source: Source | None) -> Lacking:
-        """Return of which *weights* no layer has the copy in *placement*."""
+        """Return of which *weights* no layer has paid for a copy in *placement*."""
         found, lacking = [], []
         for weight in weights:
             copy = self._find(weight, placement, source)
