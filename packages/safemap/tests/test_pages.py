@@ -412,3 +412,64 @@ def test_a_map_that_was_closed_brings_nothing_in(mapped: DiskMap, monkeypatch: p
         task()
     assert len(later) == 1
     assert brought == []
+
+
+def test_views_are_renewed(
+    mapped: DiskMap, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_prefetch, "one_by_one", lambda task: None)
+    views = {name: mapped[name] for name in weights}
+    assert mapped.renew(weights)
+    mapped.prefetch(["b"])  # whose turn does not come
+    brought_in: list[int] = []
+    monkeypatch.setattr(_mapping, "bring_in", lambda _, fd, start, stop: not brought_in.append(stop - start))
+    assert mapped.renew("abc")
+    assert mapped.renew("abc")  # once is enough
+    assert brought_in == [weights["b"].nbytes]
+    for name, view in views.items():
+        assert_same(view, weights[name])
+
+
+def test_what_is_no_view_of_a_lasting_mapping_has_to_be_read_again(
+    tmp_path: Path, weights: dict[str, Tensor], save: Callable[..., str]
+) -> None:
+    path = save(tmp_path / "m.safetensors", weights)
+    for options in (
+        {},
+        {"mmap": True, "torch_dtype": torch.bfloat16},
+        {"mmap": True, "device": "meta"},
+        {"mmap": True, "buffer_size": 10**9},
+        {"mmap": True, "state_dict_converter": lambda sd: {name: sd[name] * 2 for name in sd}},
+    ):
+        disk_map = DiskMap(path, **options)
+        disk_map.prefetch("abc")
+        assert not disk_map.renew("abc"), options
+    for options in ({}, {"torch_dtype": torch.float32}, {"state_dict_converter": lambda sd: dict(sd)}):
+        disk_map = DiskMap(path, mmap=True, **options)
+        assert disk_map.renew("abc"), options
+        assert not disk_map.renew(["a", "nothing"])
+    disk_map.close()
+    assert not disk_map.renew("abc")
+
+
+def test_views_that_lie_askew_in_their_file_are_no_views(tmp_path: Path) -> None:
+    header = b'{"odd":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    assert (8 + len(header)) % 4
+    disk_map = DiskMap(path, mmap=True)
+    assert_same(disk_map["odd"], torch.zeros(4))
+    assert not disk_map.renew(["odd"])
+
+
+@pytest.mark.parametrize("nbytes", [100, None], ids=["truncated", "written"])
+def test_views_of_a_file_that_has_changed_are_refused(
+    nbytes: int | None, mapped: DiskMap, weights: dict[str, Tensor]
+) -> None:
+    view = mapped["a"]
+    path = Path(mapped.files[0])
+    os.truncate(path, path.stat().st_size if nbytes is None else nbytes)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(FileChangedError, match="changed after it was opened"):
+        mapped.renew(weights)
+    del view

@@ -50,6 +50,10 @@ class PackedWeight(Weight):
         """Return the weight on the placement's device; no gradients flow to it."""
         return self.copy_to(placement, source)
 
+    def is_as_read_in(self, placement: Placement) -> bool:
+        """Say no: it is made from several tensors of the source."""
+        return False
+
     def keeps_change_of(self, copy: Tensor) -> bool:
         """Say no for tensors of a class of their own: libraries lay them out anew when they compute."""
         return type(copy) in (Tensor, nn.Parameter, WatchedParameter)

@@ -23,6 +23,7 @@ from offload_layers._staged import StagedCopy
 from offload_layers._state import State
 from offload_layers._transfer import parameter_like
 from offload_layers._uncompiled import uncompiled
+from offload_layers._views import Views
 from offload_layers._weight import Weight
 
 Result = TypeVar("Result")
@@ -139,10 +140,7 @@ class Residency(Owning):
         """Bytes that a staged copy takes now; 0 if the layer needs none or would be changed by it."""
         if self.resident or self._staged is not None or self._kept is not None or self._tiers.height == 1:
             return 0
-        version = self._tiers.version
-        if self._staging[0] != version:
-            self._staging = version, self._new_nbytes(self.policy.computation)
-        return self._staging[1]
+        return self._copy_nbytes()
 
     @property
     def only_asks_ahead(self) -> bool:
@@ -241,20 +239,13 @@ class Residency(Owning):
     def _fetch_now(self, lease: Lease | None, differentiable: bool) -> Fetched:
         """Make copies for the computation to come, paid for by *lease* if there is one already."""
         begin = perf_counter()
-        nbytes = self._new_nbytes(self.policy.computation)
-        borrowed = lease or self.budget.borrow(self, nbytes, limit=self.limit)
-        made_from = self.at_rest()
-
-        def fetch() -> tuple[list[Tensor], Mark]:
-            if not differentiable:
-                if self._rests_on_device:
-                    self._device.finished()  # see Note [Weights that rest on the device]
-                return self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
-            tensors = [self._computable(weight, differentiable=True) for weight in self.weights]
-            return tensors, self._device.mark()
-
+        borrowed = lease or self.budget.borrow(self, self._copy_nbytes(), limit=self.limit)
         try:
-            tensors, ready = self.budget.retrying(fetch, layer=self.name, doing="bringing the weights of")
+            fetched = self.budget.retrying(
+                lambda: self._differentiable(borrowed) if differentiable else self._copies(borrowed),
+                layer=self.name,
+                doing="bringing the weights of",
+            )
         except BaseException:
             if lease is None:
                 borrowed.give_back()
@@ -263,7 +254,32 @@ class Residency(Owning):
         counters.misses += 1
         counters.own_nbytes += self._moving_nbytes()
         counters.waited_s += perf_counter() - begin
-        return Fetched(tensors, borrowed, made_from, ready)
+        return fetched
+
+    def _differentiable(self, lease: Lease) -> Fetched:
+        """Return copies through which gradients flow, made in the queue that computes."""
+        made_from = self.at_rest()
+        tensors = [self._computable(weight, differentiable=True) for weight in self.weights]
+        return Fetched(tensors, lease, made_from, self._device.mark())
+
+    def _copies(self, lease: Lease) -> Fetched:
+        """Return copies without gradients, or the views that were kept."""
+        views = self._views
+        if views is not None and views.version == self._tiers.version and views.renew():
+            return Fetched(views.tensors, lease, views.made_from)
+        made_from = self.at_rest()
+        if self._rests_on_device:
+            self._device.finished()  # see Note [Weights that rest on the device]
+        tensors, ready = self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
+        self._views = self._lent(tensors, made_from)
+        return Fetched(tensors, lease, made_from, ready)
+
+    def _lent(self, tensors: list[Tensor], made_from: MadeFrom) -> Views | None:
+        """Return what may be kept of *tensors*, which were just fetched: see ``_views``."""
+        if self._renew is None or not all(w.is_as_read_in(self.policy.computation) for w in self.weights):
+            return None
+        views = Views(self.weights, tensors, made_from, self._tiers.version, self._renew)
+        return views if views.renew() else None
 
     def _fetch_aside(self, source: Source | None) -> tuple[list[Tensor], Mark]:
         """Copy in the device's second queue: also the computation's own thread is ahead of the device."""
@@ -277,6 +293,13 @@ class Residency(Owning):
         with device.aside(), torch.inference_mode(False):  # others may compute with them later
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
+
+    def _copy_nbytes(self) -> int:
+        """Bytes of the compute device that a staged copy takes."""
+        version = self._tiers.version
+        if self._staging[0] != version:
+            self._staging = version, self._new_nbytes(self.policy.computation)
+        return self._staging[1]
 
     def _moving_nbytes(self) -> int:
         """Bytes that were moved for a staged copy which was just made."""

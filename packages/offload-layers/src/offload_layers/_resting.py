@@ -24,6 +24,7 @@ from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack
+from offload_layers._views import Views
 from offload_layers._weight import Slot, Weight
 
 Result = TypeVar("Result")
@@ -102,6 +103,8 @@ class Resting:
         self._source = source  # copies made from another one are not current any more: see ``at_rest``
         self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
         self._ask_source = offered(self._reader_source, "prefetch")
+        self._renew = offered(self._reader_source, "renew")
+        self._views: Views | None = None
         self._moving = (-1, 0)  # for this version of the tiers, the bytes that are moved for a staged copy
         for weight in self.weights:
             weight.as_read = None
@@ -364,7 +367,7 @@ class Resting:
         return None
 
     def _drop_kept(self) -> None:
-        kept, self._kept = self._kept, None
+        kept, self._kept, self._views = self._kept, None, None
         if kept is not None:
             kept.lease.give_back()
 

@@ -6,6 +6,8 @@ A source may offer more, and is asked for it by name:
   before anything is read or changed;
 * ``prefetch(names)``: tensors are brought closer before they are asked for;
 * ``read_into(name, out)``: fills a host tensor, which saves a copy on the way to an accelerator;
+* ``renew(names)``: whether tensors that were read are views of its own memory, which may be kept and used
+  again now; they were made as good as new ones;
 * ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one;
 * ``trim()``: memory that is kept for the next read goes back, since the weights have been read.
 """
@@ -117,14 +119,14 @@ class TiedSource(Mapping[str, Tensor]):
         return self._aliases.get(name, name)
 
     def __getattr__(self, method: str) -> Any:
-        if method not in ("info", "prefetch", "read_into", "trim", "with_threads"):
+        if method not in ("info", "prefetch", "read_into", "renew", "trim", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
         offer = getattr(self._source, method)
         if method == "trim":
             return offer
         if method in ("info", "read_into"):
             return lambda name, *more: offer(self._aliases.get(name, name), *more)
-        if method == "prefetch":
+        if method in ("prefetch", "renew"):
             return lambda names: offer([self._aliases.get(name, name) for name in names])
         return lambda threads: TiedSource(offer(threads), self._aliases)
 

@@ -169,6 +169,12 @@ class Weight:
             self.registered.shape, self.as_read[0], lambda out: read_into(self.name, out)
         )
 
+    def is_as_read_in(self, placement: Placement) -> bool:
+        """Whether a copy in *placement* is no copy at all: the very tensor that the source gives."""
+        if not self.registered.is_meta or self.as_read is None or placement.device.type != "cpu":
+            return False
+        return placement.dtype_for(self.as_read[0]) == self.as_read[0]
+
     def keeps_change_of(self, copy: Tensor) -> bool:
         """Say whether what is changed in a copy of the weight is to be kept when the copy goes."""
         return True

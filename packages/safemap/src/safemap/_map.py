@@ -229,6 +229,25 @@ class DiskMap(Mapping[str, Tensor]):
         views, others = entries_of(map(self._find, names))
         prefetch(views, others, self._reader.mappings)
 
+    def renew(self, names: Iterable[str]) -> bool:
+        """Make views that were read before as good as views that are read now; for maps with ``mmap=True``.
+
+        A view takes no memory of its own, so there is no harm in keeping it.  Before it is used again, its
+        file must be seen not to have changed, and what ``prefetch`` is still to bring in must be there.
+
+        Args:
+            names: Under which the views were read.
+
+        Returns:
+            False if they have to be read again: they are no views, or their mapping is renewed now and then
+            (``buffer_size``), or the map was closed.
+
+        Raises:
+            FileChangedError: a file has changed since it was opened.
+        """
+        mappings = self._reader.views
+        return mappings is not None and mappings.renew(map(self._table.get, names), self.torch_dtype)
+
     def release(self, names: Iterable[str]) -> None:
         """Let the pages of tensors go from this process' resident memory; for maps with ``mmap=True``.
 

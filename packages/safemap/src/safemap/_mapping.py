@@ -13,7 +13,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +98,33 @@ class Mappings:
         if not bring_in(memory, descriptor.fd, offset, offset + layout.nbytes):
             return False
         brought_in.add((file, offset))
+        return True
+
+    def renew(self, entries: Iterable[Entry | None], dtype: torch.dtype | None) -> bool:
+        """Make views as good as those that `view` would give now.
+
+        Args:
+            entries: What the views are of; None for what cannot be one.
+            dtype: In which they were wanted; None: as stored.
+
+        Returns:
+            False if one of them is no view, or there will be a new mapping.
+        """
+        if self._renewal_elements != sys.maxsize:
+            return False
+        checked = None
+        for entry in entries:
+            if entry is None:
+                return False
+            file, layout, offset = entry
+            stored = layout.dtype
+            if stored is None or dtype not in (None, stored) or not _can_view(layout, stored, offset):
+                return False
+            if file is not checked:
+                file.check_unchanged(file.open())
+                checked = file
+            if (file, offset) in self._expected:
+                self.bring_in(entry)
         return True
 
     def let_go(self, entry: Entry) -> None:

@@ -62,6 +62,8 @@ class Reader:
         self.pool = pool
         self.threads = threads
         self.mappings = None if mapped_elements is None else Mappings(mapped_elements)
+        #: what views lie in, if what is read is left as a view
+        self.views = self.mappings if target.device.type == "cpu" and not target.pin_memory else None
         self._ahead = ReadAhead()
         self._is_plain = target.is_plain and self.mappings is None
         self._direct = DIRECT if self._is_plain and _preadv is not None else -1
