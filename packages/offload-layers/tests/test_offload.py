@@ -27,6 +27,8 @@ from offload_layers import (
 )
 from offload_layers._budget import Budget, budget_of
 from offload_layers._find import find_layers
+from offload_layers._machine import AUTO_SHARE, vram_limit
+from offload_layers._manage import nbytes_on
 from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
 from torch import Tensor, nn
 
@@ -453,6 +455,81 @@ def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == before
     assert type(net) is Net
     assert not [name for name in source.reads if name.endswith(("weight", "bias"))]
+
+
+def test_weights_that_cannot_be_brought_to_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, source = skeleton(), checkpoint()
+    net.__class__ = Library
+    before = {name: id(parameter) for name, parameter in net.named_parameters()}
+    buffers = dict(net.named_buffers())
+
+    def onload(handle: Offloaded) -> None:
+        for layer in handle._managed():
+            layer.preparing()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Offloaded, "onload", onload)
+    with pytest.raises(OSError, match="the disk is gone"):
+        offload(net, device="cpu", ram="1GB", source=source)
+    monkeypatch.undo()
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == before
+    assert all(buffers[name] is buffer for name, buffer in net.named_buffers())
+    assert type(net) is Library
+    assert type(net.head) is nn.Linear
+    gc.collect()
+    assert torch.equal(offload(net, device="cpu", ram="1GB", source=source)(IDS), plain()(IDS))
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_may_give_the_model_back(register: str) -> None:
+    oracle = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model, x = copy.deepcopy(oracle), torch.rand(1, 4)
+    handle = offload(model, device="cpu", ram="1kB", source=oracle.state_dict())
+    for layer in model:
+        getattr(layer, register)(lambda *_: handle.remove() and None)
+    assert torch.equal(model(x), oracle(x))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.LayerNorm, nn.Linear]
+
+
+@pytest.mark.parametrize("name", ["token", "lstm.weight_ih_l0", "batch.running_mean"])
+def test_what_is_no_tensor_is_refused(name: str) -> None:
+    source: Any = dict(checkpoint().items())
+    source[name] = {"values": source[name]}
+    with pytest.raises(MissingTensorError, match=f'gives a dict for "{name}", where a tensor is needed'):
+        offload(skeleton(), device="cpu", ram="1GB", source=source)(IDS)
+
+
+class _Accelerator:
+    """``torch.cuda`` with 10,000 bytes, of which torch has 6,000 and others 1,000."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        return 3000, 10_000
+
+    @staticmethod
+    def memory_reserved(device: torch.device) -> int:
+        return 6000
+
+    memory_allocated = memory_reserved
+
+
+def test_the_weights_that_a_model_has_on_the_device_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: _Accelerator)
+    device = torch.device("cuda:0")
+    assert vram_limit("auto", device, 0, held=0) == 7000 + AUTO_SHARE * 3000
+    assert vram_limit("auto", device, 0, held=5000) == 2000 + AUTO_SHARE * 8000
+    tied = nn.Linear(10, 10, device="meta")
+    tied.more = tied.weight
+    assert nbytes_on(tied, torch.device("meta")) == 440
+    assert nbytes_on(tied, torch.device("cpu")) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

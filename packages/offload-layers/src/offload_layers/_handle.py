@@ -12,7 +12,7 @@ from offload_layers._errors import ConfigError
 from offload_layers._fact import PlanAndFact
 from offload_layers._layers import AutoTorchModule
 from offload_layers._machine import Size, vram_limit
-from offload_layers._manage import move_buffers
+from offload_layers._manage import move_buffers, nbytes_on
 from offload_layers._placement import parse_device
 from offload_layers._plan import Plan
 from offload_layers._presented import end_presenting, present
@@ -74,7 +74,8 @@ class Offloaded:
 
     def set_vram(self, vram: Size) -> None:
         """Let the model use another amount of the device's memory from its next forward on."""
-        given = vram_limit(vram, self.plan.device, self.plan.ram)
+        device = self.plan.device
+        given = vram_limit(vram, device, self.plan.ram, held=nbytes_on(self.model, device))
         limit = dataclasses.replace(self.plan, vram=given).limit_nbytes
         for layer in self._managed():
             layer._owner().limit = limit

@@ -193,7 +193,9 @@ class AutoTorchModule(ManagedModule):
         own_forward = cls._computing(own_forward)
 
         def forward(self: AutoTorchModule, *args: Any, **kwargs: Any) -> Any:
-            residency = self.__dict__["_residency"]
+            residency = self.__dict__.get("_residency")
+            if residency is None:  # a hook has given the model back since this call began
+                return own_forward(self, *args, **kwargs)
             try:
                 if residency.resident:
                     return own_forward(self, *args, **kwargs)

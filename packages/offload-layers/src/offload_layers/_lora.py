@@ -167,8 +167,9 @@ def with_adapters(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a layer with adapters, given the one without."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.__dict__["lora_A_weights"]:
-            if self.__dict__["_residency"].holds_beside:
+        adapters = self.__dict__.get("lora_A_weights")
+        if not adapters:
+            if adapters is not None and self.__dict__["_residency"].holds_beside:
                 self._account()  # the lists were cleared from outside
             return plain(self, *args, **kwargs)
         self._account()

@@ -81,13 +81,20 @@ def check_is_there(device: torch.device) -> None:
         )
 
 
-def vram_limit(vram: Size, device: torch.device, ram: int) -> int:
-    """Return the bytes of *device* that *vram* stands for; on a CPU at most *ram*, the host's."""
+def vram_limit(vram: Size, device: torch.device, ram: int, *, held: int) -> int:
+    """Return the bytes of *device* that *vram* stands for; on a CPU at most *ram*, the host's.
+
+    Args:
+        vram: As the user gives it.
+        device: That computes.
+        ram: Bytes.
+        held: Bytes that the model itself has on the device now, which are no others'.
+    """
     if device.type == "cpu":
         return ram if vram == "auto" else min(ram, parse_size(vram, what="vram"))
     if vram == "auto":
-        free, total = free_vram(device), total_vram(device)
-        return total - free + int(AUTO_SHARE * free)
+        free = free_vram(device) + held
+        return total_vram(device) - free + int(AUTO_SHARE * free)
     return parse_size(vram, what="vram")
 
 

@@ -14,7 +14,14 @@ from offload_layers._placement import Placement, Policy
 from offload_layers._residency import Residency
 from offload_layers._schedule import Schedule
 from offload_layers._shared import SharedCopies
-from offload_layers._source import Source, check_in_source, check_shape, check_source, stored_dtype
+from offload_layers._source import (
+    Source,
+    check_in_source,
+    check_shape,
+    check_source,
+    read_tensor,
+    stored_dtype,
+)
 from offload_layers._transfer import convert, on_meta, parameter_like
 from offload_layers._weight import Slot, Weight
 
@@ -128,7 +135,7 @@ def _stored_buffers(
 
 
 def _read_buffer(module: nn.Module, key: str, name: str, source: Source) -> Tensor:
-    values, buffer = source[name], module._buffers[key]
+    values, buffer = read_tensor(source, name), module._buffers[key]
     assert buffer is not None
     check_shape(name, tuple(values.shape), buffer.shape)
     return values
@@ -147,7 +154,8 @@ def load_unmanaged(model: nn.Module, source: Source, policy: Policy) -> None:
             if parameter is not None and parameter.is_meta:
                 full = f"{name}.{key}" if name else key
                 check_in_source(source, full, parameter.shape)
-                module._parameters[key] = parameter_like(parameter, _for_computation(source[full], policy))
+                values = read_tensor(source, full)
+                module._parameters[key] = parameter_like(parameter, _for_computation(values, policy))
         for part, key, full in _stored_buffers(module, [module], name, source):
             values = _read_buffer(part, key, full, source)
             part._buffers[key] = _for_computation(values, policy).clone()
@@ -163,6 +171,12 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
+
+
+def nbytes_on(model: nn.Module, device: torch.device) -> int:
+    """Return the bytes that the parameters of *model* have on *device* between forwards."""
+    there = {parameter for parameter in model.parameters() if parameter.device == device}
+    return sum(parameter.numel() * parameter.element_size() for parameter in there)
 
 
 def _for_computation(values: Tensor, policy: Policy) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from offload_layers._layer_sizes import LayerSize, sizes_of, sizes_of_files, siz
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
 from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
-from offload_layers._manage import check_buffers, load_unmanaged, move_buffers
+from offload_layers._manage import check_buffers, load_unmanaged, move_buffers, nbytes_on
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
 from offload_layers._plan import Plan, make_plan
-from offload_layers._presented import present
+from offload_layers._presented import end_presenting, present
 from offload_layers._probe import probe
 from offload_layers._rates import Rates
 from offload_layers._schedule import Schedule
@@ -90,7 +90,7 @@ def offload(
     work = None if inputs is None else _work(model, inputs, found, target, dtype, checked)
     if rates is None and inputs is not None:
         rates = probe(target, file=_file_of(given), dtype=dtype or _computed_in(sizes))
-    held = _held_nbytes(found, sizes)
+    held = _Held.by(model, found, sizes, target)
     plan = _plan(sizes, target, vram, ram, held, rows=rows, rates=rates, fetches_ahead=ahead, work=work)
 
     schedule = Schedule(plan.beside_nbytes)
@@ -112,18 +112,34 @@ def offload(
             layers.append(managed)
         if checked is not None:
             load_unmanaged(model, checked, Policy(DISK, DISK, computation, computation))
+        Schedule.keep_small([layer._owner() for layer in layers])
+        move_buffers(model, target)
+        present(model, target)
+        handle = Offloaded(model, plan)
+        handle.onload()
     except BaseException:
+        end_presenting(model)
         before.restore()
         raise
-    Schedule.keep_small([layer._owner() for layer in layers])
-    move_buffers(model, target)
-    present(model, target)
-    handle = Offloaded(model, plan)
-    handle.onload()
     if not any(layer.tier is Tier.DISK for layer in plan.layers):
         trim(checked)
     _log.info("%s: %s", type(model).__name__, plan)
     return handle
+
+
+class _Held(NamedTuple):
+    """Bytes of a model's weights that are in memory already, so that they are not taken by others."""
+
+    on_host: int  # only what stays there, as a plan counts it
+    on_device: int
+
+    @classmethod
+    def by(
+        cls, model: nn.Module, found: list[Found], sizes: list[LayerSize], device: torch.device
+    ) -> "_Held":
+        kept = [layer for layer, size in zip(found, sizes, strict=True) if not size.is_on_disk]
+        held = {p for layer in kept for p in layer.parameters() if p.device.type == "cpu"}
+        return cls(sum(p.numel() * p.element_size() for p in held), nbytes_on(model, device))
 
 
 def plan(
@@ -164,7 +180,7 @@ def plan(
     target = parse_device(device)
     _check_arguments(dtype, storage_dtype, rows)
     file = work = None
-    held = 0
+    held = _Held(0, 0)
     ahead = target.type != "cpu"  # as for files, which safemap.DiskMap reads
     if isinstance(model, nn.Module):
         given = check_source(source, setting="source")
@@ -172,7 +188,7 @@ def plan(
         ahead = _fetches_ahead(target, checked)
         found = _find(model)
         sizes = sizes_of(found, checked, dtype, storage_dtype)
-        held = _held_nbytes(found, sizes)
+        held = _Held.by(model, found, sizes, target)
         file = _file_of(given)
         if inputs is not None:
             work = _work(model, inputs, found, target, dtype, checked)
@@ -240,16 +256,16 @@ def _plan(
     device: torch.device,
     vram: Size,
     ram: Size,
-    held: int,
+    held: _Held,
     *,
     rows: int,
     rates: Rates | None,
     fetches_ahead: bool,
     work: Work | None,
 ) -> Plan:
-    host = held + int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
-    limit = vram_limit(vram, device, host)
-    foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device)
+    host = held.on_host + int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
+    limit = vram_limit(vram, device, host, held=held.on_device)
+    foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device) - held.on_device
     return make_plan(
         sizes,
         device=device,
@@ -261,13 +277,6 @@ def _plan(
         fetches_ahead=fetches_ahead,
         work=work,
     )
-
-
-def _held_nbytes(found: list[Found], sizes: list[LayerSize]) -> int:
-    """Return the bytes of weights that are in host memory already, and stay there, as a plan counts them."""
-    kept = [layer for layer, size in zip(found, sizes, strict=True) if not size.is_on_disk]
-    held = {p for layer in kept for p in layer.parameters() if p.device.type == "cpu"}
-    return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
 
 def _find(model: nn.Module) -> list[Found]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload_layers._changes import WatchedParameter
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement, Policy
-from offload_layers._source import Source, offered
+from offload_layers._source import Source, offered, read_tensor
 from offload_layers._transfer import convert, parameter_like
 from offload_layers._weight import Weight
 
@@ -65,7 +65,7 @@ class PackedWeight(Weight):
                 f'"{self.name}" has no values and no disk map to read them from. Quantize the model or load '
                 "it before it is managed, or pass disk_map."
             )
-        tensor = source[self.name]
+        tensor = read_tensor(source, self.name)
         if self.as_read is None:
             self.as_read = tensor.dtype, nbytes(tensor)
         return tensor

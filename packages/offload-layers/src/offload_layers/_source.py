@@ -71,6 +71,17 @@ def stored_name(source: Source | None, name: str) -> str:
     return name if tells is None else str(tells(name))
 
 
+def read_tensor(source: Source, name: str) -> Tensor:
+    """Return what *source* has under *name*, which must be a tensor."""
+    tensor = source[name]
+    if not isinstance(tensor, Tensor):
+        raise MissingTensorError(
+            f'the disk map gives a {type(tensor).__name__} for "{name}", where a tensor is needed. '
+            "Pass the state dict of the model alone, or a state_dict_converter that takes it out."
+        )
+    return tensor
+
+
 def check_in_source(source: Source, name: str, shape: torch.Size) -> None:
     """Raise unless the source has *name*, and in that shape as far as it tells without reading."""
     if name not in source:

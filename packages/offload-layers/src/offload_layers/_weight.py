@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload_layers._device import device_of
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement
-from offload_layers._source import Source, check_shape, offered, stored_dtype
+from offload_layers._source import Source, check_shape, offered, read_tensor, stored_dtype
 from offload_layers._transfer import cast_there, convert, parameter_like
 
 
@@ -198,7 +198,7 @@ class Weight:
                 f'parameter "{self.name}" has no values and no disk map to read them from. Load the model '
                 "with load_state_dict(..., assign=True), or pass disk_map."
             )
-        tensor = source[self.name]
+        tensor = read_tensor(source, self.name)
         check_shape(self.name, tuple(tensor.shape), self.registered.shape)
         if self.as_read is None:
             self.as_read = tensor.dtype, tensor.nbytes
