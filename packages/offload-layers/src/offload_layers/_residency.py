@@ -270,7 +270,7 @@ class Residency(Owning):
         made_from = self.at_rest()
         if self._rests_on_device:
             self._device.finished()  # see Note [Weights that rest on the device]
-        tensors, ready = self._fetch_aside(self._reader_source if self.only_asks_ahead else self.source)
+        tensors, ready = self._fetch_aside(self.source)
         self._views = self._lent(tensors, made_from)
         return Fetched(tensors, lease, made_from, ready)
 

@@ -102,8 +102,8 @@ class Resting:
     def source(self, source: Source | None) -> None:
         self._source = source  # copies made from another one are not current any more: see ``at_rest``
         self._reader_source = source if self.schedule is None else self.schedule.source_for_reader(source)
-        self._ask_source = offered(self._reader_source, "prefetch")
-        self._renew = offered(self._reader_source, "renew")
+        self._ask_source = offered(source, "prefetch")
+        self._renew = offered(source, "renew")
         self._views: Views | None = None
         self._moving = (-1, 0)  # for this version of the tiers, the bytes that are moved for a staged copy
         for weight in self.weights:
