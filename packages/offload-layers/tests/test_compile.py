@@ -1,13 +1,14 @@
 """``torch.compile`` on managed models: equal results, and whole graphs where nothing has to be moved."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from offload_layers import AutoWrappedLinear, enable_vram_management, recording, verify
+from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management, recording, verify
 from offload_layers.testing import CountingSource
 from torch import nn
 
@@ -52,6 +53,37 @@ def test_a_resident_model_is_one_graph() -> None:
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 8)
     assert torch.equal(compiled(x), plain()(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="the compiler may make other graphs")
+@pytest.mark.parametrize(
+    ("face", "kinds"), [({Block: AutoWrappedModule}, 1), ({nn.Linear: AutoWrappedLinear}, 2)], ids=["1", "2"]
+)
+def test_layers_that_move_are_compiled_once_for_each_kind(face: dict[Any, Any], kinds: int) -> None:
+    torch.manual_seed(0)
+    oracle = nn.Sequential(*(Block() for _ in range(3))).requires_grad_(False)
+    model = enable_vram_management(copy.deepcopy(oracle), face, DISK, None, dict(oracle.state_dict()))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x), oracle(x))
+    assert len(graphs) == kinds
 
 
 def test_watched_calls_run_uncompiled() -> None:
