@@ -147,6 +147,25 @@ def test_residents_are_spread_over_the_forward(device: FakeDevice) -> None:
     assert seconds_of_a_forward(device, model) < 1.25 * sum(seconds)  # who came first stays: 1.5
 
 
+def test_room_is_looked_for_once_a_round(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than all else around a layer that does not stay."""
+    model = managed(device, [COPY_S] * LAYERS, PREPARING, limit_for((LAYERS // 2 + 2) * NBYTES))
+    for _ in range(3):
+        model(X)
+    looked: list[int] = []
+    room = Budget.room
+    monkeypatch.setattr(Budget, "room", lambda *args, **kw: looked.append(0) or room(*args, **kw))
+    for _ in range(5):
+        model(X)
+    assert 4 <= len(looked) <= 6
+    limit = limit_for((LAYERS // 2 + 4) * NBYTES)
+    for layer in model:
+        layer.vram_limit = limit
+    for _ in range(2):
+        model(X)
+    assert sum(layer.state is State.PREPARING for layer in model) == LAYERS // 2 + 2
+
+
 def test_the_limit_is_a_ceiling_for_the_weights(device: FakeDevice) -> None:
     for layers in (3, 5, 9):
         model = managed(device, [COPY_S] * LAYERS, PREPARING, None)

@@ -38,7 +38,9 @@ class Beside:
             return False
         usage = budget.usage()
         with self._lock:
-            self._computing -= Counter((id(layer),))
+            self._computing[id(layer)] -= 1
+            if not self._computing[id(layer)]:
+                del self._computing[id(layer)]
             seen = usage.peak_nbytes if usage.peak_nbytes > self._peak else usage.nbytes
             self._peak = usage.peak_nbytes
             before, self.nbytes = self.nbytes, max(self.nbytes, seen - usage.lent_nbytes)

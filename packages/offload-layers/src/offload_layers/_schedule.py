@@ -74,6 +74,7 @@ class Schedule:
         self._is_complete = False  # no layer was new since one was called again
         self._chosen: frozenset[weakref.ref[Scheduled]] | None = None
         self._chosen_for: tuple[int, int] = (-1, -1)
+        self._room_asked: tuple[int, int, int] = (-1, -1, 0)  # for which limit and layers, and when
 
     def called(self) -> "list[Scheduled]":
         """Return the layers that were called while they were not resident, the first one first."""
@@ -154,12 +155,17 @@ class Schedule:
     def refused(self, layer: Staying) -> Iterator[Staying]:
         """Decide who should stay, now that the limit left no room for *layer*; yield those that should not.
 
-        The decision needs the whole order; until that is known, who comes first stays.
+        The decision needs the whole order; until that is known, who comes first stays. How much room there is
+        for them is looked at once a round: see `displaces_idle`.
         """
-        if self._is_complete and layer.limit is not None:
-            room = layer.budget.room(self.called(), limit=layer.limit)
-            if self._chosen_for != (room, len(self._work)):
-                self._choose(room)
+        limit, layers = layer.limit, len(self._work)
+        if self._is_complete and limit is not None:
+            *asked_for, asked_at = self._room_asked
+            if asked_for != [limit, layers] or self._round_began >= asked_at:
+                self._room_asked = limit, layers, self.last_called
+                room = layer.budget.room(self.called(), limit=limit)
+                if self._chosen_for != (room, layers):
+                    self._choose(room)
         if self._chosen is None or weakref.ref(layer) not in self._chosen:
             return
         for other in self._layers():
