@@ -8,7 +8,7 @@ import pytest
 import torch
 from offload_layers import ConfigError
 from offload_layers._cgroup import cpu_quota, memory_left, memory_limit
-from offload_layers._machine import available_ram, free_vram, total_ram, total_vram
+from offload_layers._machine import AUTO_SHARE, available_ram, free_vram, total_ram, total_vram, vram_limit
 
 GB = 10**9
 V2 = "30 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -266,6 +266,14 @@ def test_a_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_vram(torch.device("cuda:1")) == 6 * GB  # torch keeps 1 GB for reuse
     with pytest.raises(ConfigError, match=r"^there is no cuda:2: torch sees 2 cuda devices$"):
         total_vram(torch.device("cuda:2"))
+
+
+def test_the_weights_that_a_model_has_on_the_device_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
+    device = torch.device("cuda:1")
+    assert vram_limit("auto", device, 0, held=0) == 2 * GB + int(AUTO_SHARE * 6 * GB)
+    assert vram_limit("auto", device, 0, held=GB) == 1 * GB + int(AUTO_SHARE * 7 * GB)
+    assert vram_limit("3GB", device, 0, held=GB) == 3 * GB
 
 
 @pytest.mark.cuda
