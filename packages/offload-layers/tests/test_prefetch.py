@@ -370,3 +370,42 @@ def test_for_a_device_with_a_bus_it_is_read_ahead_too() -> None:
         for _ in range(3):
             assert torch.equal(model(X), plain()(X))
     assert set(source.asked) == set(source.ahead) == {f"{i}.weight" for i in range(LAYERS)}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(list(range(40)), id="each once"),
+        pytest.param([index for index in range(40) for _ in range(2)], id="each twice in turn"),
+        pytest.param([index for other in range(1, 40) for index in (0, other)], id="one between all others"),
+    ],
+)
+def test_looking_ahead_takes_a_few_steps_however_long_the_model(
+    order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the whole model fits into the window, all that is to be found is the layer that was just used."""
+    oracle = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(40)))
+    model = copy.deepcopy(oracle)
+    source = Asked(oracle.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    steps = 0
+    following = ExecutionOrder.following
+
+    def count(self: Any, place: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return following(self, place)
+
+    def run(model: nn.Sequential) -> Tensor:
+        y = X
+        for index in order:
+            y = model[index](y)
+        return y
+
+    for _ in range(3):
+        assert torch.equal(run(model), run(oracle))
+    monkeypatch.setattr(ExecutionOrder, "following", count)
+    source.asked.clear()
+    run(model)
+    assert sorted(set(source.asked)) == sorted(oracle.state_dict())
+    assert steps <= 6 * len(order)

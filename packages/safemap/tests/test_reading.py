@@ -13,9 +13,10 @@ from safemap import (
     MismatchError,
     UnsupportedTensorError,
     _cast,
+    _read,
     load_state_dict,
 )
-from safemap._buffers import bytes_of
+from safemap._buffers import MIB, bytes_of
 from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
 from safetensors.torch import save_file
@@ -304,9 +305,24 @@ def test_modes_of_the_caller_change_no_value(mode, stored: torch.dtype, tmp_path
     assert_same(DiskMap(path, torch_dtype=torch.bfloat16, threads=3)["t"], inside)  # nothing is left behind
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("mib", [4, 18, 100])
+def test_threads_that_share_a_tensor_end_at_about_the_same_time(threads: int, mib: int) -> None:
+    nbytes = mib * MIB + 7
+    pieces = _read._shrinking_pieces(nbytes, threads)
+    sizes = [stop - start for start, stop in pieces]
+    assert [0, *(stop for _, stop in pieces)] == [*(start for start, _ in pieces), nbytes]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= _read.CHUNK
+    busy = [0] * threads  # bytes of each, where each takes the next piece when it is free
+    for size in sizes:
+        busy[busy.index(min(busy))] += size
+    assert max(busy) - min(busy) <= MIB + 7
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_one_tensor_by_several_threads(threads: int, tmp_path: Path, save) -> None:
-    tensor = torch.arange(5_000_000)  # 40 MB: five pieces
+    tensor = torch.arange(5_000_000)  # 40 MB: several pieces
     disk_map = DiskMap(save(tmp_path / "m.safetensors", {"t": tensor}), threads=threads)
     assert_same(disk_map["t"], tensor)
     assert_same(DiskMap(disk_map.files, torch_dtype=torch.float64, threads=threads)["t"], tensor.double())

@@ -95,9 +95,17 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A fetch that was ordered; without a job, its source was only told that it will be asked."""
+    """A fetch that was ordered; without a job, its source was only told that it will be asked.
+
+    Attributes:
+        layer: For which.
+        place: Where it is called in the order of execution.
+        job: What fetches.
+        nbytes: Bytes that are fetched.
+    """
 
     layer: "weakref.ref[Fetchable]"
+    place: "Place[Fetchable]"
     job: Job[Fetched] | None
     nbytes: int
 
@@ -108,24 +116,38 @@ class _Queue:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.ordered: deque[_Ahead] = deque()
+        self.places: dict[weakref.ref[Fetchable], Place[Fetchable]] = {}  # of what is ordered
         self.nbytes = 0
         self.end: Place[Fetchable] | None = None  # where the next fetch will follow
 
-    def pop(self, layer: Fetchable) -> _Ahead | None:
-        """Take out the fetch for *layer*, and drop those that should have been used before it."""
+    def take_out(self, layer: Fetchable) -> _Ahead | None:
+        """Take out the fetch for *layer*, if there is one."""
         reference = weakref.ref(layer)
-        if not any(ahead.layer == reference for ahead in self.ordered):
+        if reference not in self.places:
             return None
-        while True:
+        position = next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference)
+        ahead = self.ordered[position]
+        del self.ordered[position]
+        del self.places[reference]
+        self.nbytes -= ahead.nbytes
+        return ahead
+
+    def drop_before(self, layer: Fetchable) -> None:
+        """Drop what should have been used before *layer*, or everything if nothing is ahead for it."""
+        reference = weakref.ref(layer)
+        if reference not in self.places:
+            self.clear()
+            return
+        while self.ordered[0].layer != reference:
             ahead = self.ordered.popleft()
+            del self.places[ahead.layer]
             self.nbytes -= ahead.nbytes
-            if ahead.layer == reference:
-                return ahead
             self._drop(ahead)
 
     def add(self, ahead: _Ahead) -> None:
         """Order a fetch."""
         self.ordered.append(ahead)
+        self.places[ahead.layer] = ahead.place
         self.nbytes += ahead.nbytes
         if ahead.job is not None:
             self.reader.submit(ahead.job)
@@ -134,6 +156,7 @@ class _Queue:
         """Drop everything. A queue whose thread has ended need not be cleared: its leases are garbage too."""
         self.end = None
         self.nbytes = 0
+        self.places.clear()
         while self.ordered:
             self._drop(self.ordered.pop())
 
@@ -163,10 +186,11 @@ class Prefetcher:
         with self._lock:
             self._largest = max(self._largest, layer.staging_nbytes)
             queue = self._queue()
-            ahead = queue.pop(layer)
+            first = queue.ordered[0].layer if queue.ordered else None
+            if first is not None and first != weakref.ref(layer) and not self._is_next(first):
+                queue.drop_before(layer)  # the model goes another way
+            ahead = queue.take_out(layer)
             if ahead is None or ahead.job is None:
-                if ahead is None and queue.ordered and not self._is_next(queue.ordered[0].layer):
-                    queue.clear()
                 return None
         is_ready = ahead.job.is_done
         fetched = self._reader.result(ahead.job) if is_ready else self._await(layer, ahead.job)
@@ -188,24 +212,25 @@ class Prefetcher:
         with self._lock:
             start = queue.end if queue.ordered and queue.end is not None else self._order.place
             place, steps = start, 0
-            while (found := self._order.following(place)) is not None:
+            while steps <= self._order.count and (found := self._order.following(place)) is not None:
                 following, place = found
+                reference, steps = weakref.ref(following), steps + 1
+                expected = queue.places.get(reference)
+                if place in (start, expected):  # all the way round
+                    break
                 nbytes = following.staging_nbytes
+                if not nbytes or following is layer or expected is not None:
+                    continue
                 if queue.ordered and queue.nbytes + nbytes > window:
                     break
-                steps += 1
-                if place == start or steps > self._order.count:  # all the way round
-                    break
-                if not nbytes or following is layer or any(a.layer == place[1] for a in queue.ordered):
-                    continue
                 if following.only_asks_ahead:
                     following.ask_ahead()
-                    ahead = _Ahead(weakref.ref(following), None, nbytes)
+                    ahead = _Ahead(reference, place, None, nbytes)
                 else:
                     lease = following.lease_ahead()
                     if lease is None:
                         break
-                    ahead = self._ahead(following, nbytes, lease)
+                    ahead = self._ahead(following, place, nbytes, lease)
                 queue.add(ahead)
                 queue.end = place
 
@@ -260,7 +285,7 @@ class Prefetcher:
         return False
 
     @staticmethod
-    def _ahead(layer: Fetchable, nbytes: int, lease: Lease) -> _Ahead:
+    def _ahead(layer: Fetchable, place: "Place[Fetchable]", nbytes: int, lease: Lease) -> _Ahead:
         reference = weakref.ref(layer)
         made_from = layer.at_rest()  # noted before the fetch begins: see Fetched.is_current
 
@@ -271,4 +296,4 @@ class Prefetcher:
             tensors, ready = alive.fetch()
             return Fetched(tensors, lease, made_from, ready)
 
-        return _Ahead(reference, Job(fetch, lease.give_back), nbytes)
+        return _Ahead(reference, place, Job(fetch, lease.give_back), nbytes)

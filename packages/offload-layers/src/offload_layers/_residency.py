@@ -14,6 +14,7 @@ from torch import Tensor
 from offload_layers._budget import Lease
 from offload_layers._changes import fingerprint, watch
 from offload_layers._device import Mark
+from offload_layers._idle_workers import let_idle_workers_sleep
 from offload_layers._labels import is_profiling, label
 from offload_layers._owning import Owning
 from offload_layers._prefetch import Fetched, MadeFrom
@@ -27,6 +28,9 @@ from offload_layers._views import Views
 from offload_layers._weight import Weight
 
 Result = TypeVar("Result")
+
+#: bytes of a layer from which on a source reads on several threads. A small layer is read before they wake up
+_READ_IN_THREADS = 4 << 20
 
 
 class Residency(Owning):
@@ -272,7 +276,17 @@ class Residency(Owning):
             self._device.finished()  # see Note [Weights that rest on the device]
         tensors, ready = self._fetch_aside(self.source)
         self._views = self._lent(tensors, made_from)
+        if self._views is None and self._reads_in_threads:
+            let_idle_workers_sleep()
         return Fetched(tensors, lease, made_from, ready)
+
+    @property
+    def _reads_in_threads(self) -> bool:
+        """Whether several threads read the weights, on the cores that compute."""
+        if self._device.overlaps or self._reader_source is self._source:
+            return False
+        reads = any(weight.registered.is_meta for weight in self.weights)
+        return reads and self._moving_nbytes() >= _READ_IN_THREADS
 
     def _lent(self, tensors: list[Tensor], made_from: MadeFrom) -> Views | None:
         """Return what may be kept of *tensors*, which were just fetched: see ``_views``."""

@@ -63,7 +63,8 @@ class Weight:
     @property
     def registered(self) -> nn.Parameter:
         """The parameter that the model holds at rest; on the device meta while it is on disk only."""
-        return self._covered if self._covered is not None else self.held
+        covered = self._covered
+        return self.slots[0].tensor if covered is None else covered  # type: ignore[return-value]  # as `held`
 
     @property
     def held(self) -> nn.Parameter:

@@ -274,12 +274,23 @@ class Reader:
         if self.threads == 1 or len(view) <= POOLED:
             file.read_into(view, offset)
             return
-        step = min(CHUNK, max(_LEAST_CHUNK, len(view) // (4 * self.threads)))
 
-        def read_piece(start: int) -> None:
-            file.read_into(view[start : start + step], offset + start)
+        def read_piece(piece: tuple[int, int]) -> None:
+            start, stop = piece
+            file.read_into(view[start:stop], offset + start)
 
-        for_each(read_piece, range(0, len(view), step), self.threads)
+        for_each(read_piece, _shrinking_pieces(len(view), self.threads), self.threads)
+
+
+def _shrinking_pieces(nbytes: int, threads: int) -> list[tuple[int, int]]:
+    """Return starts and stops of pieces: few of them, and yet all threads end at about the same time."""
+    pieces, start = [], 0
+    while start < nbytes:
+        step = min(CHUNK, max(_LEAST_CHUNK, (nbytes - start) // threads))
+        stop = min(nbytes, start + step)
+        pieces.append((start, stop))
+        start = stop
+    return pieces
 
 
 def _with_strides(elements: Tensor, layout: Layout) -> Tensor:
