@@ -45,6 +45,7 @@ WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
 ROOM = 8 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
+SETTLED_S = 1.5  # until nothing of a subject is under way that the plain model could feel
 RESTING = ("offload", "onload", "preparing")
 
 
@@ -142,24 +143,25 @@ def ours(folder: Path, *, mmap: bool) -> nn.Module:
     return layers.enable_vram_management(skeleton(), faces, on_disk(WEIGHTS["dtype"]), None, source)
 
 
-class BesideReading(nn.Module):
-    """The plain model, while another thread reads the same bytes: what reading costs at the very least."""
+class WithReading(nn.Module):
+    """The plain model, and the same bytes are read: what reading costs at the very least.
 
-    def __init__(self, folder: Path) -> None:
+    One thread reads while the model computes, or as many as compute read when it is done.
+    """
+
+    def __init__(self, folder: Path, *, beside: bool) -> None:
         super().__init__()
         self.model = plain(folder)
         self.config = self.model.config
         self.folder = folder
-        self.buffer = bytearray(PIECE)
-
-    def read(self) -> None:
-        for name in files(self.folder):
-            with open(name, "rb", buffering=0) as file:
-                for start in range(0, os.path.getsize(name), PIECE):
-                    os.preadv(file.fileno(), [self.buffer], start)
+        self.beside = beside
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        thread = threading.Thread(target=self.read)
+        if not self.beside:
+            output = self.model(*args, **kwargs)
+            read_all(self.folder, torch.get_num_threads())
+            return output
+        thread = threading.Thread(target=read_all, args=(self.folder, 1))
         thread.start()
         try:
             return self.model(*args, **kwargs)
@@ -224,7 +226,8 @@ def diffusers(folder: Path, *, level: str, disk: bool) -> nn.Module:
 
 
 SUBJECTS: dict[str, Callable[[Path], nn.Module]] = {
-    "floor: plain beside a reader": BesideReading,
+    "floor: plain, then reading": lambda f: WithReading(f, beside=False),
+    "plain beside a reader": lambda f: WithReading(f, beside=True),
     "offload-layers, disk, mmap": lambda f: ours(f, mmap=True),
     "offload-layers, disk, read": lambda f: ours(f, mmap=False),
     "offload-layers, half resident": half_resident,
@@ -288,8 +291,8 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_all(folder: Path) -> None:
-    """The disk's floor: the same bytes into one buffer, in large pieces by a few threads."""
+def read_all(folder: Path, threads: int = 4) -> None:
+    """The disk's floor: the same bytes into one buffer for each thread, in large pieces."""
     pieces = []
     for file in folder.glob("*.safetensors"):
         pieces += [(file, start) for start in range(0, file.stat().st_size, PIECE)]
@@ -301,7 +304,7 @@ def read_all(folder: Path) -> None:
         with piece[0].open("rb", buffering=0) as file:
             os.preadv(file.fileno(), [local.buffer], piece[1])
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read, pieces))
 
 
@@ -341,6 +344,8 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
     expected = reference(**arguments)[0]
     ratios, seconds = [], []
     for _ in range(rounds):
+        time.sleep(SETTLED_S)
+        reference(**arguments)
         start = time.perf_counter()
         reference(**arguments)
         middle = time.perf_counter()

@@ -333,11 +333,11 @@ def test_prefetch_of_what_is_cached_wakes_no_thread(path: str, tensors: dict, mo
 
     asked: list[object] = []
     monkeypatch.setattr(_prefetch, "one_by_one", asked.append)
-    monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: True)
+    monkeypatch.setattr(_prefetch, "is_cached", lambda file, start, stop: True)
     with DiskMap(path) as disk_map:
         disk_map.prefetch(tensors)
         assert asked == []
-        monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: None)  # it cannot be told
+        monkeypatch.setattr(_prefetch, "is_cached", lambda file, start, stop: None)  # it cannot be told
         disk_map.prefetch(["scale"])
         assert len(asked) == 1
 
@@ -359,7 +359,7 @@ def test_prefetch_asks_for_every_byte_in_small_requests(
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(_prefetch, "one_by_one", lambda task: task())
-    monkeypatch.setattr(_prefetch, "is_cached", lambda file, stop: False)
+    monkeypatch.setattr(_prefetch, "is_cached", lambda file, start, stop: False)
     with DiskMap(path) as disk_map:
         disk_map.prefetch(["embedding", "scale", "empty"])
         infos = [disk_map.info(name) for name in ("embedding", "scale")]

@@ -112,7 +112,7 @@ def offload(
             layers.append(managed)
         if checked is not None:
             load_unmanaged(model, checked, Policy(DISK, DISK, computation, computation))
-        Schedule.keep_small([layer._owner() for layer in layers])
+        schedule.take_in([layer._owner() for layer in layers])
         move_buffers(model, target)
         present(model, target)
         handle = Offloaded(model, plan)

@@ -3,11 +3,14 @@
 Models call their layers in the same order forward after forward, and most call each layer once. Some call
 one twice, or take another path now and then. So what follows is predicted from the last *two* layers, or
 from the last one where that pair is new. A wrong prediction costs time, never correctness.
+
+Before a model has run, it can be presumed that it calls its layers in the order in which it holds them.
 """
 
+import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 Layer = TypeVar("Layer")
@@ -23,7 +26,14 @@ class ExecutionOrder(Generic[Layer]):
     def __init__(self) -> None:
         self._after_pair: dict[Place[Layer], weakref.ref[Layer]] = {}
         self._after_one: dict[weakref.ref[Layer], weakref.ref[Layer]] = {}
+        self._presumed: dict[weakref.ref[Layer], weakref.ref[Layer]] = {}
         self._local = threading.local()
+
+    def presume(self, layers: Sequence[Layer]) -> None:
+        """Suppose that *layers* follow each other, as long as nothing else was seen."""
+        self._presumed = {
+            weakref.ref(before): weakref.ref(after) for before, after in itertools.pairwise(layers)
+        }
 
     @property
     def place(self) -> "Place[Layer]":
@@ -33,8 +43,8 @@ class ExecutionOrder(Generic[Layer]):
 
     @property
     def count(self) -> int:
-        """How many steps from layer to layer are known."""
-        return len(self._after_pair)
+        """How many steps from layer to layer are known or presumed."""
+        return len(self._after_pair) + len(self._presumed)
 
     def saw(self, layer: Layer) -> None:
         """Learn that this thread calls *layer* now."""
@@ -50,9 +60,12 @@ class ExecutionOrder(Generic[Layer]):
         last = place[1]
         if last is None:
             return None
-        reference = self._after_pair.get(place) or self._after_one.get(last)
-        layer = None if reference is None else reference()
-        return None if layer is None else (layer, (last, reference))
+        return self._step(last, self._after_pair.get(place) or self._after_one.get(last))
+
+    def presumed(self, place: "Place[Layer]") -> "tuple[Layer, Place[Layer]] | None":
+        """Return what is presumed where `following` knows nothing."""
+        last = place[1]
+        return None if last is None else self._step(last, self._presumed.get(last))
 
     def upcoming(self) -> Iterator[Layer]:
         """Yield the layers that this thread will call next, as far as they were seen, each step once."""
@@ -63,3 +76,10 @@ class ExecutionOrder(Generic[Layer]):
                 return
             steps.add(place)
             yield layer
+
+    @staticmethod
+    def _step(
+        last: "weakref.ref[Layer]", following: "weakref.ref[Layer] | None"
+    ) -> "tuple[Layer, Place[Layer]] | None":
+        layer = None if following is None else following()
+        return None if layer is None else (layer, (last, following))

@@ -5,11 +5,17 @@ more than the budget of the compute device allows. Where a source can bring weig
 device computes on the same cores, it is told of more than that, and nothing is fetched. The queue is filled
 again when half of it is used up, so that the reader wakes rarely. What was fetched is used only if the
 layer's weights are still the ones that were there when the fetch began.
+
+In its first forward the order of a model is only presumed. Then too sources are told, and nothing is fetched.
+
+What a source was told of long before may have left the page cache again: while the model rested, or because
+memory is short. So it is told again of the layers that come next, of as many as would be fetched.
 """
 
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
@@ -43,6 +49,10 @@ class Fetchable(Protocol):
     @property
     def staging_nbytes(self) -> int:
         """Bytes that a staged copy of the weights takes now; 0 if the layer needs none."""
+
+    @property
+    def asking_nbytes(self) -> int:
+        """Bytes of which its source should be told before the layer is called; 0 if there are none."""
 
     @property
     def only_asks_ahead(self) -> bool:
@@ -111,26 +121,30 @@ class _Ahead:
 
 
 class _Queue:
-    """The fetches ahead of one thread, in the order in which the layers will be called."""
+    """The fetches ahead of one thread, in the order in which the layers will be called.
+
+    Attributes:
+        ordered: The fetches.
+        places: Where their layers will be called.
+        nbytes: Bytes of all.
+        near: How many at the head were looked at when they had come near, or were ordered then.
+        near_nbytes: Bytes of those.
+        end: Where the next fetch will follow.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.ordered: deque[_Ahead] = deque()
-        self.places: dict[weakref.ref[Fetchable], Place[Fetchable]] = {}  # of what is ordered
-        self.nbytes = 0
-        self.end: Place[Fetchable] | None = None  # where the next fetch will follow
+        self.places: dict[weakref.ref[Fetchable], Place[Fetchable]] = {}
+        self.nbytes = self.near = self.near_nbytes = 0
+        self.end: Place[Fetchable] | None = None
 
     def take_out(self, layer: Fetchable) -> _Ahead | None:
         """Take out the fetch for *layer*, if there is one."""
         reference = weakref.ref(layer)
         if reference not in self.places:
             return None
-        position = next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference)
-        ahead = self.ordered[position]
-        del self.ordered[position]
-        del self.places[reference]
-        self.nbytes -= ahead.nbytes
-        return ahead
+        return self._take(next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference))
 
     def drop_before(self, layer: Fetchable) -> None:
         """Drop what should have been used before *layer*, or everything if nothing is ahead for it."""
@@ -139,10 +153,7 @@ class _Queue:
             self.clear()
             return
         while self.ordered[0].layer != reference:
-            ahead = self.ordered.popleft()
-            del self.places[ahead.layer]
-            self.nbytes -= ahead.nbytes
-            self._drop(ahead)
+            self._drop(self._take(0))
 
     def add(self, ahead: _Ahead) -> None:
         """Order a fetch."""
@@ -152,13 +163,36 @@ class _Queue:
         if ahead.job is not None:
             self.reader.submit(ahead.job)
 
+    def come_near(self, window: int) -> Iterator[_Ahead]:
+        """Yield the fetches that have come into the first *window* bytes since this was asked last."""
+        while self.near < len(self.ordered):
+            ahead = self.ordered[self.near]
+            if self.near_nbytes + ahead.nbytes > window:
+                return
+            self.near += 1
+            self.near_nbytes += ahead.nbytes
+            yield ahead
+
+    def pass_over(self, window: int) -> None:
+        """Take no further note of those that are in the first *window* bytes now."""
+        for _ in self.come_near(window):
+            pass
+
     def clear(self) -> None:
         """Drop everything. A queue whose thread has ended need not be cleared: its leases are garbage too."""
         self.end = None
-        self.nbytes = 0
-        self.places.clear()
         while self.ordered:
-            self._drop(self.ordered.pop())
+            self._drop(self._take(len(self.ordered) - 1))
+
+    def _take(self, position: int) -> _Ahead:
+        ahead = self.ordered[position]
+        del self.ordered[position]
+        del self.places[ahead.layer]
+        self.nbytes -= ahead.nbytes
+        if position < self.near:
+            self.near -= 1
+            self.near_nbytes -= ahead.nbytes
+        return ahead
 
     def _drop(self, ahead: _Ahead) -> None:
         if ahead.job is not None:
@@ -205,25 +239,32 @@ class Prefetcher:
 
     def start_after(self, layer: Fetchable) -> None:
         """Order fetches for the layers that follow *layer*, as far as the bound allows."""
-        queue = self._queue()
-        window = max(self.window, ASKED_AHEAD) if layer.only_asks_ahead else self.window
+        queue, order = self._queue(), self._order
+        window = self.window
+        if layer.only_asks_ahead or order.following(order.place) is None:
+            self._ask_again(queue)
+            window = max(window, ASKED_AHEAD)
         if 2 * queue.nbytes > window:
             return
         with self._lock:
-            start = queue.end if queue.ordered and queue.end is not None else self._order.place
+            start = queue.end if queue.ordered and queue.end is not None else order.place
             place, steps = start, 0
-            while steps <= self._order.count and (found := self._order.following(place)) is not None:
+            while steps <= order.count:
+                seen = order.following(place)
+                found = seen or order.presumed(place)
+                if found is None:
+                    break
                 following, place = found
                 reference, steps = weakref.ref(following), steps + 1
                 expected = queue.places.get(reference)
                 if place in (start, expected):  # all the way round
                     break
-                nbytes = following.staging_nbytes
+                nbytes = following.asking_nbytes if seen is None else following.staging_nbytes
                 if not nbytes or following is layer or expected is not None:
                     continue
                 if queue.ordered and queue.nbytes + nbytes > window:
                     break
-                if following.only_asks_ahead:
+                if following.only_asks_ahead or seen is None:
                     following.ask_ahead()
                     ahead = _Ahead(reference, place, None, nbytes)
                 else:
@@ -233,6 +274,7 @@ class Prefetcher:
                     ahead = self._ahead(following, place, nbytes, lease)
                 queue.add(ahead)
                 queue.end = place
+            queue.pass_over(self.window)  # they were asked for just now
 
     def forget(self, *, waits: bool = True) -> None:
         """Drop everything that was fetched ahead.
@@ -262,6 +304,14 @@ class Prefetcher:
     def settle(self) -> None:
         """Wait until the reader has nothing to do."""
         self._reader.settle()
+
+    def _ask_again(self, queue: _Queue) -> None:
+        """Tell the sources of the layers that have come near."""
+        with self._lock:
+            for ahead in queue.come_near(self.window):
+                following = ahead.layer()
+                if following is not None:
+                    following.ask_ahead()
 
     def _await(self, layer: Fetchable, job: Job[Fetched]) -> Fetched | None:
         begin = perf_counter()

@@ -76,6 +76,7 @@ def enable_vram_management(
         vram_config = fill_vram_config(model, vram_config)
         model = target(model, **vram_config, vram_limit=vram_limit, disk_map=source, **kwargs)
     else:
+        schedule = Schedule()
         enable_vram_management_recursively(
             model,
             module_map,
@@ -83,13 +84,13 @@ def enable_vram_management(
             vram_limit=vram_limit,
             disk_map=source,
             quantize=quantize,
-            schedule=Schedule(),
+            schedule=schedule,
             **kwargs,
         )
         if source is not None:
             load_unmanaged(model, source, policy)
         layers = [module._owner() for module in model.modules() if isinstance(module, AutoTorchModule)]
-        Schedule.keep_small(layers)
+        schedule.take_in(layers)
         if not layers:
             classes = ", ".join(c.__name__ for c in module_map)
             _log.warning("%s has no module of the classes in module_map (%s)", type(model).__name__, classes)

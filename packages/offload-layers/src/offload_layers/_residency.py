@@ -147,14 +147,22 @@ class Residency(Owning):
         return self._copy_nbytes()
 
     @property
+    def asking_nbytes(self) -> int:
+        """Bytes of which the source should be told before the layer is called; 0 if there are none."""
+        if self.resident or self._staged is not None or self._kept is not None or self._ask_source is None:
+            return 0
+        return self._copy_nbytes() if any(weight.registered.is_meta for weight in self.weights) else 0
+
+    @property
     def only_asks_ahead(self) -> bool:
         """Whether the source can bring weights closer by itself, and more would disturb the computation."""
         return self._ask_source is not None and not self._device.overlaps
 
     def ask_ahead(self) -> None:
         """Tell the source that the weights on disk will be read soon."""
-        if self._ask_source is not None:
-            self._ask_source([w.name for w in self.weights if w.registered.is_meta])
+        names = [weight.name for weight in self.weights if weight.registered.is_meta]
+        if names and self._ask_source is not None:
+            self._ask_source(names)
 
     def lease_ahead(self) -> Lease | None:
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""

@@ -76,6 +76,11 @@ class Schedule:
         self._chosen_for: tuple[int, int] = (-1, -1)
         self._room_asked: tuple[int, int, int] = (-1, -1, 0)  # for which limit and layers, and when
 
+    def take_in(self, layers: "Sequence[Scheduled]") -> None:
+        """Learn of all *layers* of the model, in the order in which it holds them."""
+        self._order.presume(layers)
+        self._keep_small(layers)
+
     def called(self) -> "list[Scheduled]":
         """Return the layers that were called while they were not resident, the first one first."""
         return list(self._layers())
@@ -145,7 +150,7 @@ class Schedule:
     # -- staying ------------------------------------------------------------------------------------
 
     @staticmethod
-    def keep_small(layers: Sequence[Scheduled]) -> None:
+    def _keep_small(layers: Sequence[Scheduled]) -> None:
         """Let the smallest of all *layers* of a model keep the copies that they compute with."""
         left = min(KEPT_NBYTES, KEPT_SHARE * sum(layer.computation_nbytes for layer in layers))
         for layer in sorted(layers, key=lambda layer: layer.computation_nbytes):

@@ -41,7 +41,7 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
 def _is_cached(entry: Entry) -> bool:
     """Tell whether a tensor need not be asked for: then no other thread has to be woken up."""
     file, layout, offset = entry
-    return layout.nbytes == 0 or bool(is_cached(file, offset + layout.nbytes))
+    return layout.nbytes == 0 or bool(is_cached(file, offset, offset + layout.nbytes))
 
 
 def _ask(entry: Entry) -> None:

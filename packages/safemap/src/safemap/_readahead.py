@@ -3,9 +3,10 @@
 Note [Probing]
     A disk reaches its rate only if it has many requests at a time; a plain read asks for one read-ahead
     window after the other. So a large read first asks, by a read that must not wait, whether its last
-    page is in the page cache. If it is not, the kernel is asked for all of it before it is read, and,
-    if reads follow each other in the file, for what comes next. Warm reads pay one system call, and no
-    memory of this process is used for what is not asked for.
+    page is in the page cache, and one in its middle: pages at the edges may have come with its neighbours,
+    in blocks of 2 MiB (see ``_blocks``). If they are not, the kernel is asked for all of it before it is
+    read, and, if reads follow each other in the file, for what comes next. Warm reads pay two system calls,
+    and no memory of this process is used for what is not asked for.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from safemap._locks import ForkSafeLock
 _WINDOW = 128 << 10
 _AHEAD = 64 << 20  # bytes: what a fast disk reads while a large tensor is used
 _PROBE_BYTES = 64
+_LARGE = 4 << 20  # bytes: so much has a block of 2 MiB around its middle for itself
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 CAN_ASK = hasattr(os, "posix_fadvise")
 
@@ -31,13 +33,16 @@ def ask_for(file: File, start: int, stop: int) -> None:
         os.posix_fadvise(descriptor.fd, position, length, os.POSIX_FADV_WILLNEED)
 
 
-def is_cached(file: File, stop: int) -> bool | None:
-    """Tell whether the bytes before *stop* are in the page cache; None if the system does not tell."""
+def is_cached(file: File, start: int, stop: int) -> bool | None:
+    """Tell whether bytes are in the page cache, looking at a few; None if the system does not tell."""
     if _NOWAIT is None:
         return None
     descriptor, probe = file.open(), bytearray(_PROBE_BYTES)
+    positions = [max(0, stop - _PROBE_BYTES)]
+    if stop - start >= _LARGE:
+        positions.append((start + stop) // 2)
     try:
-        return os.preadv(descriptor.fd, (probe,), max(0, stop - _PROBE_BYTES), _NOWAIT) > 0
+        return all(os.preadv(descriptor.fd, (probe,), position, _NOWAIT) > 0 for position in positions)
     except BlockingIOError:
         return False
     except OSError:  # not for this file system
@@ -64,7 +69,7 @@ class ReadAhead:
             asked = self._asked.get(file, 0) if follows else 0
         if asked >= stop + _AHEAD // 2:
             return
-        if asked < stop and (cached := is_cached(file, stop)) is not False:
+        if asked < stop and (cached := is_cached(file, offset, stop)) is not False:
             self._can_probe = cached is not None
             return
         until = min(stop + _AHEAD, file.nbytes) if follows else stop
