@@ -146,18 +146,23 @@ def ours(folder: Path, *, mmap: bool) -> nn.Module:
 class WithReading(nn.Module):
     """The plain model, and the same bytes are read: what reading costs at the very least.
 
-    One thread reads while the model computes, or as many as compute read when it is done.
+    Either one thread reads while the model computes. Or what is not in the page cache comes there while it
+    computes, and as many threads as compute read it afterwards.
     """
 
     def __init__(self, folder: Path, *, beside: bool) -> None:
+        from safemap import DiskMap
+
         super().__init__()
         self.model = plain(folder)
         self.config = self.model.config
         self.folder = folder
         self.beside = beside
+        self.source = DiskMap(files(folder))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.beside:
+            self.source.prefetch(self.source)
             output = self.model(*args, **kwargs)
             read_all(self.folder, torch.get_num_threads())
             return output
