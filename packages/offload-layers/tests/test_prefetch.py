@@ -473,3 +473,16 @@ def test_what_is_only_presumed_is_not_fetched() -> None:
         assert torch.equal(model(X), plain()(X))
         settle(model)
         assert source.ahead
+
+
+def test_a_model_that_calls_few_of_its_layers_is_not_presumed_to_call_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_prefetch, "ASKED_AHEAD", 20 * 8 * 8 * 4)
+    oracle = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(400)))
+    model = copy.deepcopy(oracle)
+    source = Asked(oracle.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    for index in range(0, 400, 8):
+        assert torch.equal(model[index](X), oracle[index](X))
+    assert 20 < len(set(source.asked)) < 100
