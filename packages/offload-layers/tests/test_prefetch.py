@@ -486,3 +486,17 @@ def test_a_model_that_calls_few_of_its_layers_is_not_presumed_to_call_all(
     for index in range(0, 400, 8):
         assert torch.equal(model[index](X), oracle[index](X))
     assert 20 < len(set(source.asked)) < 100
+
+
+def test_layers_that_are_called_later_than_presumed_do_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_prefetch, "ASKED_AHEAD", 20 * 8 * 8 * 4)
+    oracle = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(400)))
+    model = copy.deepcopy(oracle)
+    source = Asked(oracle.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, DISK, None, source)
+    unasked = 0
+    for block in range(0, 400, 8):
+        for index in (0, 5, 1, 2, 3, 4, 6, 7):
+            unasked += f"{block + index}.weight" not in source.asked
+            model[block + index](X)
+    assert unasked == 1  # the very first

@@ -63,9 +63,14 @@ class ExecutionOrder(Generic[Layer]):
         return self._step(last, self._after_pair.get(place) or self._after_one.get(last))
 
     def presumed(self, place: "Place[Layer]") -> "tuple[Layer, Place[Layer]] | None":
-        """Return what is presumed where `following` knows nothing."""
+        """Return what is presumed where `following` knows nothing: the next layer that was not called yet."""
         last = place[1]
-        return None if last is None else self._step(last, self._presumed.get(last))
+        if last is None:
+            return None
+        reference = self._presumed.get(last)
+        while reference is not None and reference in self._after_one:
+            reference = self._presumed.get(reference)
+        return self._step(last, reference)
 
     def upcoming(self) -> Iterator[Layer]:
         """Yield the layers that this thread will call next, as far as they were seen, each step once."""

@@ -7,7 +7,7 @@ again when half of it is used up, so that the reader wakes rarely. What was fetc
 layer's weights are still the ones that were there when the fetch began.
 
 In its first forward the order of a model is only presumed. Then too sources are told, and nothing is fetched.
-Where more is told in vain than is used, as of a mixture of experts, nothing is presumed any more.
+Where much was told of layers that are not called, as of a mixture of experts, nothing is presumed any more.
 
 What a source was told of long before may have left the page cache again: while the model rested, or because
 memory is short. So it is told again of the layers that come next, of as many as would be fetched.
@@ -113,14 +113,12 @@ class _Ahead:
         place: Where it is called in the order of execution.
         job: What fetches.
         nbytes: Bytes that are fetched.
-        is_presumed: Whether that was not learned, but presumed.
     """
 
     layer: "weakref.ref[Fetchable]"
     place: "Place[Fetchable]"
     job: Job[Fetched] | None
     nbytes: int
-    is_presumed: bool = False
 
 
 class _Queue:
@@ -132,7 +130,7 @@ class _Queue:
         nbytes: Bytes of all.
         near: How many at the head were looked at when they had come near, or were ordered then.
         near_nbytes: Bytes of those.
-        misled_nbytes: Bytes of what was presumed and dropped, less those of what was used.
+        presumed: Bytes of layers that were presumed to be called, and have not been yet.
         end: Where the next fetch will follow.
     """
 
@@ -140,7 +138,8 @@ class _Queue:
         self.reader = reader
         self.ordered: deque[_Ahead] = deque()
         self.places: dict[weakref.ref[Fetchable], Place[Fetchable]] = {}
-        self.nbytes = self.near = self.near_nbytes = self.misled_nbytes = 0
+        self.nbytes = self.near = self.near_nbytes = 0
+        self.presumed: dict[weakref.ref[Fetchable], int] = {}
         self.end: Place[Fetchable] | None = None
 
     def take_out(self, layer: Fetchable) -> _Ahead | None:
@@ -148,10 +147,7 @@ class _Queue:
         reference = weakref.ref(layer)
         if reference not in self.places:
             return None
-        ahead = self._take(next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference))
-        if ahead.is_presumed:
-            self.misled_nbytes -= ahead.nbytes
-        return ahead
+        return self._take(next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference))
 
     def drop_before(self, layer: Fetchable) -> None:
         """Drop what should have been used before *layer*, or everything if nothing is ahead for it."""
@@ -202,8 +198,6 @@ class _Queue:
         return ahead
 
     def _drop(self, ahead: _Ahead) -> None:
-        if ahead.is_presumed:
-            self.misled_nbytes += ahead.nbytes
         if ahead.job is not None:
             self.reader.drop(ahead.job)
 
@@ -232,6 +226,7 @@ class Prefetcher:
             first = queue.ordered[0].layer if queue.ordered else None
             if first is not None and first != weakref.ref(layer) and not self._is_next(first):
                 queue.drop_before(layer)  # the model goes another way
+            queue.presumed.pop(weakref.ref(layer), None)
             ahead = queue.take_out(layer)
             if ahead is None or ahead.job is None:
                 return None
@@ -260,7 +255,7 @@ class Prefetcher:
             place, steps = start, 0
             while steps <= order.count:
                 seen = found = order.following(place)
-                if found is None and queue.misled_nbytes <= ASKED_AHEAD:
+                if found is None and sum(queue.presumed.values()) <= 2 * ASKED_AHEAD:
                     found = order.presumed(place)
                 if found is None:
                     break
@@ -276,7 +271,9 @@ class Prefetcher:
                     break
                 if following.only_asks_ahead or seen is None:
                     following.ask_ahead()
-                    ahead = _Ahead(reference, place, None, nbytes, is_presumed=seen is None)
+                    ahead = _Ahead(reference, place, None, nbytes)
+                    if seen is None:
+                        queue.presumed[reference] = nbytes
                 else:
                     lease = following.lease_ahead()
                     if lease is None:
