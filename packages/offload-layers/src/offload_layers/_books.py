@@ -3,13 +3,11 @@
 Whoever uses the books holds a lock meanwhile. Only ``abandoned`` may be written at any time.
 """
 
-import dataclasses
 import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Listener = Callable[[int, int], None]  # is told the bytes that are lent, and of them those of residents
 
@@ -46,8 +44,7 @@ class Borrower(Protocol):
         """Drop what was fetched ahead for its own model, and wait until nothing is left of it."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One loan in the books; the borrower may die with its model, the entry then goes with its lease.
 
     What is *shared* stays for others, too, when its borrower leaves.
@@ -101,14 +98,14 @@ class Books:
     def split(self, key: int, nbytes: int) -> int:
         """Enter *nbytes* of a loan as one of its own, which is shared, and return its key."""
         entry, new = self.entries[key], next(self._keys)
-        self.entries[key] = dataclasses.replace(entry, nbytes=entry.nbytes - nbytes)
-        self.entries[new] = dataclasses.replace(entry, nbytes=nbytes, is_shared=True)
+        self.entries[key] = entry._replace(nbytes=entry.nbytes - nbytes)
+        self.entries[new] = entry._replace(nbytes=nbytes, is_shared=True)
         return new
 
     def keep(self, key: int) -> None:
         """Let a loan be that of a resident from now on."""
         entry = self.entries[key]
-        self.entries[key] = dataclasses.replace(entry, is_resident=True)
+        self.entries[key] = entry._replace(is_resident=True)
         self.staying += entry.nbytes
         self._passing = None
         self.tell()

@@ -330,12 +330,10 @@ class Budget:
 
 
 _BUDGETS: dict[torch.device, Budget] = {}
-_BUDGETS_LOCK = threading.Lock()
 
 
 def budget_of(device: torch.device) -> Budget:
     """Return the one budget of *device* in this process: models on one device share its memory."""
-    with _BUDGETS_LOCK:
-        if device not in _BUDGETS:
-            _BUDGETS[device] = Budget(device)
-        return _BUDGETS[device]
+    if device not in _BUDGETS:
+        _BUDGETS.setdefault(device, Budget(device))  # another thread may have been faster
+    return _BUDGETS[device]

@@ -41,4 +41,4 @@ def watch(tensor: Tensor) -> None:
 
 def data_was_taken(tensor: Tensor) -> bool:
     """Say whether values may have been changed through ``.data``."""
-    return isinstance(tensor, WatchedParameter) and "_data_was_taken" in tensor.__dict__
+    return type(tensor) is WatchedParameter and "_data_was_taken" in tensor.__dict__

@@ -102,7 +102,7 @@ class Owning(Resting):
                             for w in self.weights
                         ]
                     )
-                self.policy = policy
+                self._follow(policy)
                 self._register_with_budget()
 
     def release(self, placement: Placement | None, plain: dict[nn.Parameter, nn.Parameter]) -> None:

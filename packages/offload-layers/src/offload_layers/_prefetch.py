@@ -17,9 +17,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -72,8 +71,7 @@ class Fetchable(Protocol):
         """Return the weights in the computation placement, without gradients; called on another thread."""
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(NamedTuple):
     """Weights to compute with.
 
     Attributes:
@@ -104,8 +102,7 @@ class Fetched:
         )
 
 
-@dataclass(frozen=True)
-class _Ahead:
+class _Ahead(NamedTuple):
     """A fetch that was ordered; without a job, its source was only told that it will be asked.
 
     Attributes:
@@ -147,7 +144,10 @@ class _Queue:
         reference = weakref.ref(layer)
         if reference not in self.places:
             return None
-        return self._take(next(i for i, ahead in enumerate(self.ordered) if ahead.layer == reference))
+        position = 0
+        while self.ordered[position].layer != reference:
+            position += 1
+        return self._take(position)
 
     def drop_before(self, layer: Fetchable) -> None:
         """Drop what should have been used before *layer*, or everything if nothing is ahead for it."""
@@ -222,11 +222,11 @@ class Prefetcher:
         """Return what was fetched for *layer*, which this thread calls now, waiting if it is on its way."""
         with self._lock:
             self._largest = max(self._largest, layer.staging_nbytes)
-            queue = self._queue()
-            first = queue.ordered[0].layer if queue.ordered else None
-            if first is not None and first != weakref.ref(layer) and not self._is_next(first):
+            queue, reference = self._queue(), weakref.ref(layer)
+            first = queue.ordered[0].layer if queue.ordered else reference
+            if first != reference and not self._is_next(first):
                 queue.drop_before(layer)  # the model goes another way
-            queue.presumed.pop(weakref.ref(layer), None)
+            queue.presumed.pop(reference, None)
             ahead = queue.take_out(layer)
             if ahead is None or ahead.job is None:
                 return None
@@ -244,9 +244,9 @@ class Prefetcher:
     def start_after(self, layer: Fetchable) -> None:
         """Order fetches for the layers that follow *layer*, as far as the bound allows."""
         queue, order = self._queue(), self._order
-        window = self.window
+        window = near = self.window
         if layer.only_asks_ahead or order.following(order.place) is None:
-            self._ask_again(queue)
+            self._ask_again(queue, near)
             window = max(window, ASKED_AHEAD)
         if 2 * queue.nbytes > window:
             return
@@ -281,7 +281,7 @@ class Prefetcher:
                     ahead = self._ahead(following, place, nbytes, lease)
                 queue.add(ahead)
                 queue.end = place
-            queue.pass_over(self.window)  # they were asked for just now
+            queue.pass_over(near)  # they were asked for just now
 
     def forget(self, *, waits: bool = True) -> None:
         """Drop everything that was fetched ahead.
@@ -312,10 +312,10 @@ class Prefetcher:
         """Wait until the reader has nothing to do."""
         self._reader.settle()
 
-    def _ask_again(self, queue: _Queue) -> None:
-        """Tell the sources of the layers that have come near."""
+    def _ask_again(self, queue: _Queue, window: int) -> None:
+        """Tell the sources of the layers that have come into the first *window* bytes."""
         with self._lock:
-            for ahead in queue.come_near(self.window):
+            for ahead in queue.come_near(window):
                 following = ahead.layer()
                 if following is not None:
                     following.ask_ahead()

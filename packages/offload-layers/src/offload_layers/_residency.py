@@ -17,6 +17,7 @@ from offload_layers._device import Mark
 from offload_layers._idle_workers import let_idle_workers_sleep
 from offload_layers._labels import is_profiling, label
 from offload_layers._owning import Owning
+from offload_layers._passing import Passing
 from offload_layers._prefetch import Fetched, MadeFrom
 from offload_layers._resting import HEIGHT
 from offload_layers._source import Source
@@ -65,8 +66,9 @@ class Residency(Owning):
             if calls:
                 self._callers += 1
                 for weight in self.weights:
-                    if weight.staged is not None:
-                        weight.expose(weight.staged)
+                    staged = weight.staged
+                    if staged is not None:
+                        weight.expose(staged)
         if schedule is not None and self.limit is not None:
             schedule.beside.begin(self, self.budget)
 
@@ -144,14 +146,15 @@ class Residency(Owning):
         """Bytes that a staged copy takes now; 0 if the layer needs none or would be changed by it."""
         if self.resident or self._staged is not None or self._kept is not None or self._tiers.height == 1:
             return 0
-        return self._copy_nbytes()
+        return self._passes().copy_nbytes
 
     @property
     def asking_nbytes(self) -> int:
         """Bytes of which the source should be told before the layer is called; 0 if there are none."""
         if self.resident or self._staged is not None or self._kept is not None or self._ask_source is None:
             return 0
-        return self._copy_nbytes() if any(weight.registered.is_meta for weight in self.weights) else 0
+        passing = self._passes()
+        return passing.copy_nbytes if passing.on_disk else 0
 
     @property
     def only_asks_ahead(self) -> bool:
@@ -160,7 +163,7 @@ class Residency(Owning):
 
     def ask_ahead(self) -> None:
         """Tell the source that the weights on disk will be read soon."""
-        names = [weight.name for weight in self.weights if weight.registered.is_meta]
+        names = self._passes().on_disk
         if names and self._ask_source is not None:
             self._ask_source(names)
 
@@ -169,7 +172,7 @@ class Residency(Owning):
         lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
         if lease is None and self.schedule is not None and self.schedule.displaces_idle(self):
             lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
-        if lease is not None and self._rests_on_device:
+        if lease is not None and self._passes().rests_on_device:
             self._device.finished()  # see Note [Weights that rest on the device]
         return lease
 
@@ -181,7 +184,7 @@ class Residency(Owning):
         """Return the weights in the computation placement, without gradients, and when they will be there."""
         self.ask_ahead()
         fetched = self._fetch_aside(self._reader_source)
-        self.counters.ahead_nbytes += self._moving_nbytes()
+        self.counters.ahead_nbytes += self._passes().moving_nbytes
         return fetched
 
     # -- the mechanism ------------------------------------------------------------------------------
@@ -251,7 +254,7 @@ class Residency(Owning):
     def _fetch_now(self, lease: Lease | None, differentiable: bool) -> Fetched:
         """Make copies for the computation to come, paid for by *lease* if there is one already."""
         begin = perf_counter()
-        borrowed = lease or self.budget.borrow(self, self._copy_nbytes(), limit=self.limit)
+        borrowed = lease or self.budget.borrow(self, self._passes().copy_nbytes, limit=self.limit)
         try:
             fetched = self.budget.retrying(
                 lambda: self._differentiable(borrowed) if differentiable else self._copies(borrowed),
@@ -264,7 +267,7 @@ class Residency(Owning):
             raise
         counters = self.counters
         counters.misses += 1
-        counters.own_nbytes += self._moving_nbytes()
+        counters.own_nbytes += self._passes().moving_nbytes
         counters.waited_s += perf_counter() - begin
         return fetched
 
@@ -276,25 +279,24 @@ class Residency(Owning):
 
     def _copies(self, lease: Lease) -> Fetched:
         """Return copies without gradients, or the views that were kept."""
-        views = self._views
-        if views is not None and views.version == self._tiers.version and views.renew():
+        views, passing = self._views, self._passes()
+        if views is not None and views.version == passing.version and views.renew():
             return Fetched(views.tensors, lease, views.made_from)
         made_from = self.at_rest()
-        if self._rests_on_device:
+        if passing.rests_on_device:
             self._device.finished()  # see Note [Weights that rest on the device]
         tensors, ready = self._fetch_aside(self.source)
-        self._views = self._lent(tensors, made_from)
-        if self._views is None and self._reads_in_threads:
+        self._views = self._lent(tensors, made_from) if passing.may_be_views else None
+        passing.may_be_views = self._views is not None
+        if self._views is None and self._reads_in_threads(passing):
             let_idle_workers_sleep()
         return Fetched(tensors, lease, made_from, ready)
 
-    @property
-    def _reads_in_threads(self) -> bool:
+    def _reads_in_threads(self, passing: Passing) -> bool:
         """Whether several threads read the weights, on the cores that compute."""
-        if self._device.overlaps or self._reader_source is self._source:
+        if self._device.overlaps or self._reader_source is self._source or not passing.on_disk:
             return False
-        reads = any(weight.registered.is_meta for weight in self.weights)
-        return reads and self._moving_nbytes() >= _READ_IN_THREADS
+        return passing.moving_nbytes >= _READ_IN_THREADS
 
     def _lent(self, tensors: list[Tensor], made_from: MadeFrom) -> Views | None:
         """Return what may be kept of *tensors*, which were just fetched: see ``_views``."""
@@ -316,21 +318,12 @@ class Residency(Owning):
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
             return tensors, device.mark()
 
-    def _copy_nbytes(self) -> int:
-        """Bytes of the compute device that a staged copy takes."""
-        version = self._tiers.version
-        if self._staging[0] != version:
-            self._staging = version, self._new_nbytes(self.policy.computation)
-        return self._staging[1]
-
-    def _moving_nbytes(self) -> int:
-        """Bytes that were moved for a staged copy which was just made."""
-        version = self._tiers.version
-        if self._moving[0] != version:
-            computation = self.policy.computation
-            coming = [w for w in self.weights if not computation.holds(w.registered)]
-            self._moving = version, sum(w.nbytes_from(w.registered) for w in coming)
-        return self._moving[1]
+    def _passes(self) -> Passing:
+        """Return what it takes to make staged copies of what the layer has at rest now."""
+        passing, version = self._passing, self._tiers.version
+        if passing is None or passing.version != version:
+            passing = self._passing = Passing(self.weights, self.policy.computation, version)
+        return passing
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(w.registered.requires_grad for w in self.weights)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from offload_layers._books import Borrower
 from offload_layers._budget import Budget, Lease, budget_of
 from offload_layers._counters import Counters
-from offload_layers._device import Device, device_of
+from offload_layers._device import device_of
 from offload_layers._labels import label
+from offload_layers._passing import Passing
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
@@ -61,7 +62,7 @@ class Resting:
         self.name = name
         self.weights = weights
         self.buffers = buffers
-        self.policy = policy
+        self._follow(policy)
         self.schedule = schedule
         self.source = source
         self.limit = limit
@@ -78,7 +79,6 @@ class Resting:
         self._kept: Fetched | None = None
         self._beside: Lease | None = None
         self.holds_beside = False
-        self._staging = (-1, 0)  # for this version of the tiers, the bytes of a staged copy
         self._tiers = TierStack(weights, [w.registered for w in weights])
         if self._rests_on_device:
             self._device.synchronize()  # see Note [Any stream may compute]
@@ -105,7 +105,7 @@ class Resting:
         self._ask_source = offered(source, "prefetch")
         self._renew = offered(source, "renew")
         self._views: Views | None = None
-        self._moving = (-1, 0)  # for this version of the tiers, the bytes that are moved for a staged copy
+        self._passing: Passing | None = None
         for weight in self.weights:
             weight.as_read = None
 
@@ -124,9 +124,11 @@ class Resting:
         """When a layer of this model was called last."""
         return sys.maxsize if self.schedule is None else self.schedule.last_called
 
-    @property
-    def _device(self) -> Device:
-        return device_of(self.policy.computation.device)
+    def _follow(self, policy: Policy) -> None:
+        """Let *policy* say from now on where the weights are in each state."""
+        self.policy = policy
+        self._device = device_of(policy.computation.device)
+        self._passing = None
 
     @property
     def _rests_on_device(self) -> bool:

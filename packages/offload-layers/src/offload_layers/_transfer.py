@@ -28,6 +28,8 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
 def cast_there(tensor: Tensor, placement: Placement) -> Tensor:
     """Return *tensor*, which is on the placement's device, in its dtype."""
     dtype = placement.dtype_for(tensor.dtype)
+    if tensor.dtype == dtype:
+        return tensor
     if tensor.requires_grad and torch.is_grad_enabled():
         return tensor.to(dtype)
     return device_of(tensor.device).cast(tensor, dtype)

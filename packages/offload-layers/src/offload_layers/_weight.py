@@ -37,7 +37,8 @@ class Slot:
     @property
     def tensor(self) -> Tensor | None:
         """What the module holds under the name."""
-        module = self.module
+        module = self._module()  # in one step: each call of a layer asks for this many times
+        assert module is not None, f"the module that held {self.name!r} is gone"
         return (module._buffers if self.is_buffer else module._parameters)[self.name]
 
     @tensor.setter
@@ -64,7 +65,7 @@ class Weight:
     def registered(self) -> nn.Parameter:
         """The parameter that the model holds at rest; on the device meta while it is on disk only."""
         covered = self._covered
-        return self.slots[0].tensor if covered is None else covered  # type: ignore[return-value]  # as `held`
+        return covered if covered is not None else self.slots[0].tensor  # type: ignore[return-value]  # as `held`
 
     @property
     def held(self) -> nn.Parameter:
@@ -152,11 +153,12 @@ class Weight:
         registered = self.registered
         if placement.holds(registered):
             return registered
-        there = self._receive(placement.device, source) if registered.is_meta else None
+        if not registered.is_meta:
+            return parameter_like(registered, convert(registered.detach(), placement))
+        there = self._receive(placement.device, source)
         if there is not None:
             return parameter_like(registered, cast_there(there, placement))
-        values = self.read(source) if registered.is_meta else registered.detach()
-        return parameter_like(registered, convert(values, placement))
+        return parameter_like(registered, convert(self.read(source), placement))
 
     def _receive(self, device: torch.device, source: Source | None) -> Tensor | None:
         """Let the source read to where *device* copies from, if both can: the same values as from `read`.

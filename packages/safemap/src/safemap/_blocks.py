@@ -19,7 +19,7 @@ import mmap
 import weakref
 from collections.abc import Iterator
 
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 from safemap._madvise import HUGE_PAGES, SMALL_PAGES, address_of, find_madvise
 
 try:
@@ -33,15 +33,15 @@ _RANDOM, _NORMAL = getattr(mmap, "MADV_RANDOM", 1), getattr(mmap, "MADV_NORMAL",
 _calls = itertools.count(1)
 
 
-class Blocks:
+class Blocks(ForkSafe):
     """Knows which mappings are read in blocks, and finds out whether this kernel does that."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._madvise = find_madvise()
         self._is_possible = self._madvise is not None and hasattr(resource, "RUSAGE_THREAD")
         self._advised: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._faults = 0
-        self._lock = ForkSafeLock()
 
     def are_read(self, memory: mmap.mmap) -> bool:
         """Have *memory*, a mapped file, read in blocks from now on; tell whether that is possible."""

@@ -24,7 +24,7 @@ from collections import deque
 from torch import Tensor
 
 from safemap._first_touch import first_touch
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 
 MIB = 1 << 20
 HUGE_PAGE = 2 * MIB
@@ -56,17 +56,17 @@ class _Buffer:
             self.touched = min(self.touched, kept)
 
 
-class BufferPool:
+class BufferPool(ForkSafe):
     """Lends memory and takes it back when nothing refers to it any more; see the notes above."""
 
     def __init__(self, slack: int = 32 * MIB) -> None:
+        super().__init__()
         self.slack = slack
         self._largest = 0  # that was asked for
         self._free: list[_Buffer] = []
         # by the address of the reference, since one to writable memory has no hash
         self._lent: dict[int, tuple[weakref.ref[memoryview], _Buffer, int]] = {}
         self._returned: deque[weakref.ref[memoryview]] = deque()
-        self._lock = ForkSafeLock()
         self._lent_nbytes = self._peak_nbytes = self._resident = 0
 
     @property
@@ -106,17 +106,20 @@ class BufferPool:
         with self._lock:
             self.slack = self._largest = 0
             self._collect()
+            self._shrink(0)
 
     def _give_back(self, ref: "weakref.ref[memoryview]") -> None:
         # may run at any moment, even inside `take` of the same thread: so it never waits for the lock
         self._returned.append(ref)
-        if self._lock.acquire_now():
+        if self._lock.acquire(blocking=False):
             try:
                 self._collect()
             finally:
                 self._lock.release()
 
     def _collect(self) -> None:
+        if not self._returned:
+            return
         while self._returned:
             _, buffer, nbytes = self._lent.pop(id(self._returned.popleft()))
             self._lent_nbytes -= nbytes

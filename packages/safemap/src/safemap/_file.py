@@ -20,7 +20,7 @@ import weakref
 from typing import NamedTuple
 
 from safemap._errors import ClosedMapError, FileChangedError, FormatError, MissingFileError
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 from safemap._positional import read_at
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it
@@ -135,7 +135,7 @@ class File:
         return descriptor, Identity.of(status)
 
 
-class OpenFiles:
+class OpenFiles(ForkSafe):
     """Bounds how many descriptors the process holds for checkpoints, whatever the number of shards.
 
     Second chance: a file that was read since the last eviction is passed over once.  Reading only sets a
@@ -143,9 +143,9 @@ class OpenFiles:
     """
 
     def __init__(self, limit: int) -> None:
+        super().__init__()
         self.limit = limit
         self._files: list[weakref.ref[File]] = []  # weak: dropping a map must close its files
-        self._lock = ForkSafeLock()
 
     def __len__(self) -> int:
         return sum((file := ref()) is not None and file.descriptor is not None for ref in self._files)

@@ -7,41 +7,25 @@ the child for ever.
 import os
 import threading
 import weakref
-from types import TracebackType
 
 
-class ForkSafeLock:
-    """A ``threading.Lock`` that is replaced in a forked child."""
+class ForkSafe:
+    """Has a ``threading.Lock`` as ``_lock``, which is replaced in a forked child.
 
-    __slots__ = ("__weakref__", "_lock")
+    The lock itself is what the object's methods use: taking it by way of another object would take longer.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        _LOCKS.add(self)
-
-    def acquire_now(self) -> bool:
-        """Take the lock if it is free; never wait."""
-        return self._lock.acquire(blocking=False)
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
+        _OWNERS.add(self)
 
 
-_LOCKS: "weakref.WeakSet[ForkSafeLock]" = weakref.WeakSet()
+_OWNERS: "weakref.WeakSet[ForkSafe]" = weakref.WeakSet()
 
 
 def _open_all() -> None:
-    for lock in _LOCKS:
-        lock._lock = threading.Lock()
+    for owner in _OWNERS:
+        owner._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

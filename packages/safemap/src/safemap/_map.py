@@ -226,7 +226,8 @@ class DiskMap(Mapping[str, Tensor]):
         that reading the views meets no page fault.  They count as resident memory from then on; see
         ``release``.
         """
-        views, others = entries_of(map(self._find, names))
+        self._check_open()
+        views, others = entries_of([find(self._index, name) for name in names])
         prefetch(views, others, self._reader.mappings)
 
     def renew(self, names: Iterable[str]) -> bool:

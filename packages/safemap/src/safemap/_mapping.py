@@ -21,7 +21,7 @@ from torch import Tensor
 from safemap._blocks import blocks
 from safemap._file import Descriptor, File
 from safemap._layout import Entry, Layout
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 from safemap._madvise import NORESERVE
 from safemap._pages import bring_in, let_go
 
@@ -45,10 +45,11 @@ def renewal_elements(explicit: int | None) -> int:
     return value
 
 
-class Mappings:
+class Mappings(ForkSafe):
     """One mapping for each file, renewed after *renewal_elements* so that its pages can be given back."""
 
     def __init__(self, renewal_elements: int) -> None:
+        super().__init__()
         self._renewal_elements = renewal_elements
         self._elements = 0
         self._maps: dict[File, mmap.mmap] = {}
@@ -57,7 +58,6 @@ class Mappings:
         self._brought_in: set[_Place] = set()  # see Note [Brought in once]
         self._expected: set[_Place] = set()  # will be brought in, by another thread
         self._major_faults = 0
-        self._lock = ForkSafeLock()
 
     def view(self, file: File, layout: Layout, dtype: torch.dtype, offset: int) -> Tensor | None:
         """Return a view of stored elements, flat, or None where their position is not aligned."""

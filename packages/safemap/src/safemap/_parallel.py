@@ -7,20 +7,61 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 
 Piece = TypeVar("Piece")
 _MAX_THREADS = 8
 
-_executor: ThreadPoolExecutor | None = None
-_queue: "SimpleQueue[Callable[[], object]] | None" = None
-_queue_lock = ForkSafeLock()
+
+class _Workers(ForkSafe):
+    """Threads that do what they are given, in the order in which it is given, as soon as one of them is free.
+
+    Much less is done for each task than by ``concurrent.futures``: reading a small layer takes no longer than
+    that. What is not done when the interpreter exits is dropped.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)  # a child has the object, but not its threads
+
+    def _forget(self) -> None:
+        self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._count = 0
+
+    def submit(self, task: Callable[[], object], threads: int) -> None:
+        """Have *task* done by one of *threads* threads; it is dropped if there can be none."""
+        if self._count < threads:
+            self._start(threads)
+        if self._count:
+            self._queue.put(task)
+
+    def _start(self, threads: int) -> None:
+        # there may be too many threads already, or the interpreter is ending
+        with self._lock, contextlib.suppress(RuntimeError):
+            while self._count < threads:
+                name = f"{self._name}-{self._count}"
+                threading.Thread(target=_work_off, args=(self._queue,), name=name, daemon=True).start()
+                self._count += 1
+
+
+def _work_off(queue: "SimpleQueue[Callable[[], object]]") -> None:
+    while True:
+        task = queue.get()
+        with contextlib.suppress(Exception):
+            task()
+        del task  # nobody needs what it holds
+
+
+_helpers = _Workers("safemap")
+_background = _Workers("safemap-one-by-one")
 
 
 def default_threads() -> int:
@@ -30,34 +71,41 @@ def default_threads() -> int:
 
 
 def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: int) -> None:
-    """Call *task* for every piece, on *threads* threads, this one included; the first error is raised."""
+    """Call *task* for every piece, on *threads* threads, this one included; an error is raised."""
     helpers = min(threads, len(pieces), _MAX_THREADS) - 1
     if helpers < 1:
         for piece in pieces:
             task(piece)
         return
     queue = iter(pieces)  # next() on an iterator of a sequence is atomic under the interpreter lock
-
-    def work() -> None:
-        for piece in queue:
-            task(piece)
-
+    tickets = iter(range(helpers))  # who finds none left comes too late to help
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
     is_inference = torch.is_inference_mode_enabled()  # else what was made here must not be written to there
 
     def help_out() -> None:
-        with torch.inference_mode(is_inference):
-            work()
+        if next(tickets, None) is None:
+            return
+        error: BaseException | None = None
+        try:
+            with torch.inference_mode() if is_inference else contextlib.nullcontext():
+                for piece in queue:
+                    task(piece)
+        except BaseException as caught:
+            error = caught
+        ended.put(error)
 
-    futures = [_helpers().submit(help_out) for _ in range(helpers)]
     try:
-        work()
+        for _ in range(helpers):
+            _helpers.submit(help_out, _MAX_THREADS)
+        for piece in queue:
+            task(piece)
     finally:
-        for future in futures:
-            if not future.cancel():
-                future.exception()  # wait: no thread may write into memory that the caller has given up
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+        late = sum(1 for _ in tickets)
+        # wait: no thread may write into memory that the caller has given up
+        errors = [ended.get() for _ in range(helpers - late)]
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def one_by_one(task: Callable[[], object]) -> None:
@@ -65,36 +113,4 @@ def one_by_one(task: Callable[[], object]) -> None:
 
     What is not done when the interpreter exits is dropped: nobody will use it.
     """
-    global _queue
-    with _queue_lock:
-        if _queue is None:
-            _queue = SimpleQueue()
-            worker = threading.Thread(
-                target=_work_off, args=(_queue,), name="safemap-one-by-one", daemon=True
-            )
-            worker.start()
-    _queue.put(task)
-
-
-def _work_off(queue: "SimpleQueue[Callable[[], object]]") -> None:
-    while True:
-        task = queue.get()
-        with contextlib.suppress(Exception):  # nobody waits for it
-            task()
-        del task  # nor needs what it holds
-
-
-def _helpers() -> ThreadPoolExecutor:
-    global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="safemap")
-    return _executor
-
-
-def _forget_helpers() -> None:
-    global _executor, _queue
-    _executor = _queue = None  # a forked child has the object, but not its threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+    _background.submit(task, 1)

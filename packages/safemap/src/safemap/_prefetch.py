@@ -31,11 +31,13 @@ def prefetch(stored: Sequence[Entry], parts: Sequence[Entry], mappings: Mappings
     if not CAN_ASK:
         return
     whole = [*stored, *parts] if mappings is None else parts
-    with contextlib.suppress(SafemapError, OSError):
+    try:
         read = [entry for entry in whole if not _is_cached(entry)]
         mapped = [] if mappings is None else mappings.expect(stored)
-        if read or mapped:
-            one_by_one(bring_in)
+    except (SafemapError, OSError):
+        return
+    if read or mapped:
+        one_by_one(bring_in)
 
 
 def _is_cached(entry: Entry) -> bool:

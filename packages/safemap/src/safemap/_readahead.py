@@ -13,13 +13,14 @@ import contextlib
 import os
 
 from safemap._file import File
-from safemap._locks import ForkSafeLock
+from safemap._locks import ForkSafe
 
 # Source: mm/readahead.c of Linux reads no more of one request than the read-ahead window of the device,
 # 128 KiB unless configured, and silently drops the rest
 _WINDOW = 128 << 10
 _AHEAD = 64 << 20  # bytes: what a fast disk reads while a large tensor is used
 _PROBE_BYTES = 64
+_PROBE = (bytearray(_PROBE_BYTES),)  # what is in there is of no interest: threads may share it
 _LARGE = 4 << 20  # bytes: so much has a block of 2 MiB around its middle for itself
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 CAN_ASK = hasattr(os, "posix_fadvise")
@@ -37,25 +38,24 @@ def is_cached(file: File, start: int, stop: int) -> bool | None:
     """Tell whether bytes are in the page cache, looking at a few; None if the system does not tell."""
     if _NOWAIT is None:
         return None
-    descriptor, probe = file.open(), bytearray(_PROBE_BYTES)
-    positions = [max(0, stop - _PROBE_BYTES)]
-    if stop - start >= _LARGE:
-        positions.append((start + stop) // 2)
+    descriptor = file.open()
     try:
-        return all(os.preadv(descriptor.fd, (probe,), position, _NOWAIT) > 0 for position in positions)
+        if not os.preadv(descriptor.fd, _PROBE, max(0, stop - _PROBE_BYTES), _NOWAIT):
+            return False
+        return stop - start < _LARGE or os.preadv(descriptor.fd, _PROBE, (start + stop) // 2, _NOWAIT) > 0
     except BlockingIOError:
         return False
     except OSError:  # not for this file system
         return None
 
 
-class ReadAhead:
+class ReadAhead(ForkSafe):
     """Remembers where reads of each file ended and up to where the kernel was asked; threads may share it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._ends: dict[File, int] = {}
         self._asked: dict[File, int] = {}
-        self._lock = ForkSafeLock()
         self._can_probe = CAN_ASK
 
     def before(self, file: File, offset: int, nbytes: int) -> None:
