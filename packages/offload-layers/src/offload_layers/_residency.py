@@ -178,7 +178,8 @@ class Residency(Owning):
 
     def at_rest(self) -> MadeFrom:
         """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""
-        return self._source, [(w.registered, fingerprint(w.registered)) for w in self.weights]
+        at_rest = [weight.registered for weight in self.weights]
+        return self._source, [(parameter, fingerprint(parameter)) for parameter in at_rest]
 
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""

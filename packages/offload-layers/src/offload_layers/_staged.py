@@ -58,10 +58,12 @@ class StagedCopy:
         changed = []
         for weight, made_as in zip(weights, self._made_as, strict=True):
             staged = weight.held
+            differs, was_taken = fingerprint(staged) != made_as, data_was_taken(staged)
+            if not (differs or was_taken):
+                continue
             if staged is weight.registered or not weight.keeps_change_of(staged):
                 continue  # the first: the layer has become resident meanwhile
-            differs = fingerprint(staged) != made_as
-            if not differs and data_was_taken(staged):
+            if not differs:
                 again = fresh(weight)
                 # a source that gives views gives the same memory again, with any change in it
                 differs = again.data_ptr() == staged.data_ptr() or not torch.equal(staged, again)

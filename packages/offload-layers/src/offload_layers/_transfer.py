@@ -18,8 +18,11 @@ def convert(tensor: Tensor, placement: Placement) -> Tensor:
 
     Differentiable, as ``Tensor.to`` is.
     """
+    device = device_of(placement.device)
+    if device.is_host and placement.holds(tensor):
+        return tensor
     if tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled()):
-        tensor = device_of(placement.device).upload(tensor)  # still in the stored dtype
+        tensor = device.upload(tensor)  # still in the stored dtype
     elif tensor.device != placement.device:
         tensor = tensor.to(placement.device)
     return cast_there(tensor, placement)

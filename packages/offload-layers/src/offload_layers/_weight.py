@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from offload_layers._device import device_of
+from offload_layers._device import Device, device_of
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement
 from offload_layers._source import Source, check_shape, offered, read_tensor, stored_dtype
@@ -37,14 +37,31 @@ class Slot:
     @property
     def tensor(self) -> Tensor | None:
         """What the module holds under the name."""
-        module = self._module()  # in one step: each call of a layer asks for this many times
-        assert module is not None, f"the module that held {self.name!r} is gone"
+        module = self._module()  # in one step, here and below: each call of a layer does this several times
+        assert module is not None, self.name
         return (module._buffers if self.is_buffer else module._parameters)[self.name]
 
     @tensor.setter
     def tensor(self, tensor: Tensor) -> None:
-        module = self.module
+        module = self._module()
+        assert module is not None, self.name
         (module._buffers if self.is_buffer else module._parameters)[self.name] = tensor  # type: ignore[assignment]
+
+    @property
+    def attribute(self) -> Tensor | None:
+        """What reading the attribute gives without a question."""
+        module = self._module()
+        assert module is not None, self.name
+        return module.__dict__.get(self.name)
+
+    @attribute.setter
+    def attribute(self, tensor: Tensor | None) -> None:
+        module = self._module()
+        assert module is not None, self.name
+        if tensor is None:
+            module.__dict__.pop(self.name, None)
+        else:
+            module.__dict__[self.name] = tensor
 
     @property
     def is_gone(self) -> bool:
@@ -87,8 +104,7 @@ class Weight:
     @property
     def exposed(self) -> Tensor | None:
         """What reading the attribute gives without a transfer."""
-        slot = self.slots[0]
-        return slot.module.__dict__.get(slot.name)
+        return self.slots[0].attribute
 
     def register(self, parameter: nn.Parameter) -> None:
         """Let the model hold *parameter*."""
@@ -105,7 +121,7 @@ class Weight:
     def expose(self, tensor: Tensor) -> None:
         """Make *tensor* what reading the attribute gives."""
         for slot in self.slots:
-            slot.module.__dict__[slot.name] = tensor
+            slot.attribute = tensor
 
     @property
     def staged(self) -> Tensor | None:
@@ -115,19 +131,21 @@ class Weight:
     def stage(self, tensor: Tensor) -> None:
         """Let the model hold *tensor* while it computes, as the plain model would."""
         self._covered = self.registered
-        self.register(tensor)  # type: ignore[arg-type]  # no leaf when gradients must flow back
+        for slot in self.slots:
+            slot.tensor = tensor  # no leaf when gradients must flow back
 
     def conceal(self) -> None:
         """Leave reading the attribute to the descriptor."""
         for slot in self.slots:
-            slot.module.__dict__.pop(slot.name, None)
+            slot.attribute = None
 
     def hide(self) -> None:
         """Let the model hold what it holds at rest, and leave reading the attribute to the descriptor."""
-        self.conceal()
-        if self._covered is not None:
-            self.register(self._covered)
-            self._covered = None
+        covered, self._covered = self._covered, None
+        for slot in self.slots:
+            slot.attribute = None
+            if covered is not None:
+                slot.tensor = covered
 
     def nbytes_in(self, placement: Placement) -> int:
         """Bytes that this weight takes in *placement*."""
@@ -155,12 +173,13 @@ class Weight:
             return registered
         if not registered.is_meta:
             return parameter_like(registered, convert(registered.detach(), placement))
-        there = self._receive(placement.device, source)
+        device = device_of(placement.device)
+        there = None if device.is_host else self._receive(device, source)
         if there is not None:
             return parameter_like(registered, cast_there(there, placement))
         return parameter_like(registered, convert(self.read(source), placement))
 
-    def _receive(self, device: torch.device, source: Source | None) -> Tensor | None:
+    def _receive(self, device: Device, source: Source | None) -> Tensor | None:
         """Let the source read to where *device* copies from, if both can: the same values as from `read`.
 
         In which dtype a source gives a weight is known when it has been read once.
@@ -168,9 +187,7 @@ class Weight:
         read_into = offered(source, "read_into")
         if read_into is None or self.as_read is None:
             return None
-        return device_of(device).receive(
-            self.registered.shape, self.as_read[0], lambda out: read_into(self.name, out)
-        )
+        return device.receive(self.registered.shape, self.as_read[0], lambda out: read_into(self.name, out))
 
     def is_as_read_in(self, placement: Placement) -> bool:
         """Whether a copy in *placement* is no copy at all: the very tensor that the source gives."""

@@ -103,6 +103,7 @@ class FakeDevice:
     """
 
     overlaps = True
+    is_host = False
 
     def __init__(self, *, nbytes: int | None = None, bytes_per_s: float = 1e9) -> None:
         self.nbytes = nbytes
