@@ -44,6 +44,7 @@ TOKENS = {  # side of the image in tokens, text tokens
 WEIGHTS = {"dtype": torch.bfloat16}
 SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
+SMALL_PIECE = 2 << 20
 ROOM = 8 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
 SETTLED_S = 1.5  # until nothing of a subject is under way that the plain model could feel
 RESTING = ("offload", "onload", "preparing")
@@ -147,7 +148,8 @@ class WithReading(nn.Module):
     """The plain model, and the same bytes are read: what reading costs at the very least.
 
     Either one thread reads while the model computes. Or what is not in the page cache comes there while it
-    computes, and as many threads as compute read it afterwards.
+    computes, and as many threads as compute read it afterwards: one tensor after the other to where the
+    largest has room, since each has to be there as a whole when it is computed with.
     """
 
     def __init__(self, folder: Path, *, beside: bool) -> None:
@@ -159,12 +161,45 @@ class WithReading(nn.Module):
         self.folder = folder
         self.beside = beside
         self.source = DiskMap(files(folder))
+        self.tensors = [info for name in self.source if (info := self.source.info(name)).offset is not None]
+        self.room = mmap.mmap(-1, max(info.nbytes for info in self.tensors))
+        self.room.madvise(mmap.MADV_HUGEPAGE)
+        self.room[:] = bytes(len(self.room))
+
+    def read_tensors(self, threads: int) -> None:
+        """Read the checkpoint in pieces, as fast as so many threads can."""
+        room = memoryview(self.room)
+        opened = {path: os.open(path, os.O_RDONLY) for path in self.source.files}
+        pieces = iter(
+            [
+                (
+                    opened[info.file],
+                    [room[start : min(start + SMALL_PIECE, info.nbytes)]],
+                    info.offset + start,
+                )
+                for info in self.tensors
+                for start in range(0, info.nbytes, SMALL_PIECE)
+            ]
+        )
+
+        def work() -> None:
+            for piece in pieces:
+                os.preadv(*piece)
+
+        others = [threading.Thread(target=work) for _ in range(threads - 1)]
+        for thread in others:
+            thread.start()
+        work()
+        for thread in others:
+            thread.join()
+        for descriptor in opened.values():
+            os.close(descriptor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.beside:
             self.source.prefetch(self.source)
             output = self.model(*args, **kwargs)
-            read_all(self.folder, torch.get_num_threads())
+            self.read_tensors(torch.get_num_threads())
             return output
         thread = threading.Thread(target=read_all, args=(self.folder, 1))
         thread.start()

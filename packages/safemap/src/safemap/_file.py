@@ -100,12 +100,16 @@ class File:
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill *view* with the bytes from *offset* on, and check that the file has not changed."""
         descriptor = self.open()
+        self.fill(descriptor, view, offset)
+        self.check_unchanged(descriptor)
+
+    def fill(self, descriptor: Descriptor, view: memoryview, offset: int) -> None:
+        """Fill *view*, a piece of what is to be read before `check_unchanged`."""
         if read_at(descriptor.fd, view, offset) != len(view):
             raise FileChangedError(
                 f"{self.path}: ends before byte {offset + len(view):,}; it had {self.nbytes:,} bytes when "
                 "it was opened. It was truncated since: write it again and open a new map."
             )
-        self.check_unchanged(descriptor)
 
     def check_unchanged(self, descriptor: Descriptor) -> None:
         """Raise ``FileChangedError`` if the file was written to after opening; see Note [Changed files]."""

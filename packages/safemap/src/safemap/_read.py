@@ -275,11 +275,14 @@ class Reader:
             file.read_into(view, offset)
             return
 
+        descriptor = file.open()
+
         def read_piece(piece: tuple[int, int]) -> None:
             start, stop = piece
-            file.read_into(view[start:stop], offset + start)
+            file.fill(descriptor, view[start:stop], offset + start)
 
         for_each(read_piece, _shrinking_pieces(len(view), self.threads), self.threads)
+        file.check_unchanged(descriptor)
 
 
 def _shrinking_pieces(nbytes: int, threads: int) -> list[tuple[int, int]]:
