@@ -291,3 +291,86 @@ def test_a_weight_may_be_deleted(model: Any) -> None:
         del network[1].bias
         network[1].bias = None
     assert torch.equal(model(X), expected(X))
+
+
+# -- layers that stay ---------------------------------------------------------------------------------
+
+
+class ReadableSource(MappedSource):
+    """One that gives copies as well."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.copies = CountingSource(tensors)
+
+    def owned(self) -> CountingSource:
+        return self.copies
+
+
+def deep(layers: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+
+
+def staying(source: Mapping[str, Tensor], *, room: float, **settings: Any) -> Any:
+    """Manage a model of eight layers such that *room* of them stay or pass."""
+    config = on_disk() | {"preparing_dtype": torch.float32, "preparing_device": "cpu"} | settings
+    return enable_vram_management(
+        deep(), {nn.Linear: AutoWrappedLinear}, config, room * NBYTES / 1024**3, source
+    )
+
+
+def lent(model: nn.Module, source: MappedSource) -> list[bool]:
+    """Tell for each weight of the layers that stay whether it lies in memory of the source."""
+    theirs = {tensor.data_ptr() for tensor in source.tensors.values()}
+    layers = [residency for residency in residencies(model) if residency.resident]
+    return [weight.held.data_ptr() in theirs for residency in layers for weight in residency.weights]
+
+
+def test_layers_that_stay_while_others_pass_have_memory_of_their_own() -> None:
+    source, x = ReadableSource(deep().state_dict()), torch.randn(2, WIDTH)
+    model = staying(source, room=5)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), deep()(x))
+    assert lent(model, source) == 6 * [False]
+    assert len(source.copies.reads) >= 6
+    assert_invariants(model, budget_of(CPU))
+    with torch.no_grad():
+        for residency in residencies(model):
+            if residency.resident:
+                residency.weights[0].held.zero_()
+    assert all(torch.equal(values, source.tensors[name]) for name, values in deep().state_dict().items())
+
+
+@pytest.mark.parametrize("room", [8, 100, float("inf")], ids=["just enough", "more", "no limit"])
+def test_a_model_that_stays_as_a_whole_is_views(room: float) -> None:
+    source, x = ReadableSource(deep().state_dict()), torch.randn(2, WIDTH)
+    model = staying(source, room=room)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), deep()(x))
+    assert lent(model, source) == 16 * [True]
+    assert not source.copies.reads
+
+
+def test_a_source_that_gives_no_copies_lends_to_layers_that_stay_too() -> None:
+    source = MappedSource(deep().state_dict())
+    model = staying(source, room=5)
+    with torch.no_grad():
+        model(torch.randn(2, WIDTH))
+    assert lent(model, source)
+    assert all(lent(model, source))
+
+
+def test_a_layer_that_cannot_be_read_to_stay_is_as_it_was() -> None:
+    source, x = ReadableSource(deep().state_dict()), torch.randn(2, WIDTH)
+    model = staying(source, room=5)
+    source.copies.failing.add("0.weight")
+    with torch.no_grad():
+        with pytest.raises(OSError, match=r"0\.weight: the disk is gone"):
+            model(x)
+        assert_invariants(model, budget_of(CPU))
+        source.copies.failing.clear()
+        assert torch.equal(model(x), deep()(x))
+    assert_invariants(model, budget_of(CPU))

@@ -236,3 +236,24 @@ def test_the_same_map_with_other_threads(path: str, tensors: dict[str, Tensor]) 
         disk_map.with_threads(2)
     with pytest.raises(ClosedMapError):  # the files are shared
         alone["embedding"]
+
+
+def test_a_map_of_views_gives_tensors_in_memory_of_their_own(path: str, tensors: dict[str, Tensor]) -> None:
+    disk_map = DiskMap(path, mmap=True)
+    owned = disk_map.owned()
+    assert owned.owned() is owned
+    view, own = disk_map["embedding"], owned["embedding"]
+    assert disk_map["embedding"].data_ptr() == view.data_ptr()
+    assert owned["embedding"].data_ptr() != own.data_ptr() != view.data_ptr()
+    assert_same(own, tensors["embedding"])
+    assert pickle.loads(pickle.dumps(owned)).renew(["embedding"]) is False
+    disk_map.close()
+    with pytest.raises(ClosedMapError):
+        disk_map.owned()
+    with pytest.raises(ClosedMapError):  # the files are shared
+        owned["embedding"]
+
+
+def test_maps_over_the_same_files_share_the_memory_that_they_keep(path: str) -> None:
+    disk_map = DiskMap(path, threads=2)
+    assert disk_map.with_threads(1)._reader.pool is disk_map._reader.pool

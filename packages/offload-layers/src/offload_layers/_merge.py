@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._placement import Placement
 from offload_layers._residency import Residency
-from offload_layers._source import Source, offered
+from offload_layers._source import Source, offered, owning
 from offload_layers._transfer import convert, parameter_like
 from offload_layers._weight import Weight
 
@@ -63,6 +63,10 @@ class MergedSource(Mapping[str, Tensor]):
         with_threads = offered(self.plain, "with_threads")
         plain = self.plain if with_threads is None else with_threads(threads)
         return MergedSource(plain, self._name, self._adapters, self._dtype)
+
+    def owned(self) -> "MergedSource":
+        """Return the same source such that it gives tensors in memory of their own."""
+        return MergedSource(owning(self.plain), self._name, self._adapters, self._dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.plain[name]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload_layers._changes import WatchedParameter
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement, Policy
-from offload_layers._source import Source, offered, read_tensor
+from offload_layers._source import Source, offered, owning, read_tensor
 from offload_layers._transfer import convert, parameter_like
 from offload_layers._weight import Weight
 
@@ -211,6 +211,12 @@ class PackedSource(Mapping[str, Tensor]):
             return self
         twin = copy.copy(self)
         twin._source = with_threads(threads)
+        return twin
+
+    def owned(self) -> "PackedSource":
+        """Return the same source, made from tensors in memory of their own if there can be such."""
+        twin = copy.copy(self)
+        twin._source = owning(self._source)
         return twin
 
     def nbytes_of(self, name: str) -> int:

@@ -54,6 +54,7 @@ class Schedule:
         beside_nbytes: What computations will take of the device beside weights, as far as that is known.
 
     Attributes:
+        staying_nbytes: What all layers take when they stay, as far as they are known.
         last_called: When a layer was called last, by a clock that counts such calls in this process. Layers
             that are resident are called without a question.
     """
@@ -67,6 +68,7 @@ class Schedule:
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
         self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
+        self.staying_nbytes = 0
         self.last_called = 0
         self._called: dict[weakref.ref[Scheduled], int] = {}  # when each layer was called last
         self._round_began = 0  # when the layer that is called now was called the last time
@@ -80,6 +82,7 @@ class Schedule:
         """Learn of all *layers* of the model, in the order in which it holds them."""
         self._order.presume(layers)
         self._keep_small(layers)
+        self.staying_nbytes = sum(layer.staying_nbytes for layer in layers)
 
     def called(self) -> "list[Scheduled]":
         """Return the layers that were called while they were not resident, the first one first."""

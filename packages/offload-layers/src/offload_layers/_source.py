@@ -8,6 +8,7 @@ A source may offer more, and is asked for it by name:
 * ``read_into(name, out)``: fills a host tensor, which saves a copy on the way to an accelerator;
 * ``renew(names)``: whether tensors that were read are views of its own memory, which may be kept and used
   again now; they were made as good as new ones;
+* ``owned()``, the same source such that it gives tensors in memory of their own, for those that stay;
 * ``with_threads(number)``, the same source reading with so many threads: beside a computation it gets one;
 * ``trim()``: memory that is kept for the next read goes back, since the weights have been read.
 """
@@ -33,6 +34,12 @@ def alone(source: Source | None) -> Source | None:
     """Return *source* such that reading from it takes one core, for reading beside a computation."""
     with_threads = offered(source, "with_threads")
     return source if with_threads is None else with_threads(1)
+
+
+def owning(source: Source) -> Source:
+    """Return *source* such that what it gives lies in memory of its own, as far as it can."""
+    owned = offered(source, "owned")
+    return source if owned is None else owned()
 
 
 def trim(source: Source | None) -> None:
@@ -130,7 +137,7 @@ class TiedSource(Mapping[str, Tensor]):
         return self._aliases.get(name, name)
 
     def __getattr__(self, method: str) -> Any:
-        if method not in ("info", "prefetch", "read_into", "renew", "trim", "with_threads"):
+        if method not in ("info", "owned", "prefetch", "read_into", "renew", "trim", "with_threads"):
             raise AttributeError(f"a source of tied parameters has no attribute {method!r}")
         offer = getattr(self._source, method)
         if method == "trim":
@@ -139,7 +146,7 @@ class TiedSource(Mapping[str, Tensor]):
             return lambda name, *more: offer(self._aliases.get(name, name), *more)
         if method in ("prefetch", "renew"):
             return lambda names: offer([self._aliases.get(name, name) for name in names])
-        return lambda threads: TiedSource(offer(threads), self._aliases)
+        return lambda *threads: TiedSource(offer(*threads), self._aliases)
 
 
 def with_ties(source: Source, model: nn.Module, prefix: str = "") -> Source:

@@ -104,13 +104,13 @@ class DiskMap(Mapping[str, Tensor]):
         self._stored = index
         self._index = index if self._converted is None else self._converted.apply(index, self._sources)
         self._table, self._others = self._index.table, self._index.others
-        self._reader = self._make_reader()
+        self._reader = self._make_reader(BufferPool())
         self._is_closed = False
 
-    def _make_reader(self) -> Reader:
+    def _make_reader(self, pool: BufferPool) -> Reader:
         return Reader(
             Target(self.device, self.torch_dtype, bool(self._options["pin_memory"])),
-            BufferPool(),
+            pool,
             self._threads(),
             mapped_elements=self.buffer_size if self._options["mmap"] else None,
         )
@@ -276,12 +276,22 @@ class DiskMap(Mapping[str, Tensor]):
         For reading beside something else that needs the cores, where one thread is enough.
         """
         self._check_open()
-        if self._options["mmap"]:
-            return self  # views are not read
+        return self if self._options["mmap"] else self._twin(threads=threads)  # views are not read
+
+    def owned(self) -> "DiskMap":
+        """Return the same map over the same open files, which gives tensors in memory of their own.
+
+        For what is to stay in memory, from a map with ``mmap=True``: the pages of a view stay only as long as
+        the system has no better use for them.
+        """
+        self._check_open()
+        return self._twin(mmap=False) if self._options["mmap"] else self
+
+    def _twin(self, **options: Any) -> "DiskMap":
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
-        twin._options = {**self._options, "threads": threads}
-        twin._reader = twin._make_reader()
+        twin._options = {**self._options, **options}
+        twin._reader = twin._make_reader(self._reader.pool)
         return twin
 
     @property
