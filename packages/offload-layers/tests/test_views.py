@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from offload_layers import AutoWrappedLinear, enable_vram_management
-from offload_layers._budget import budget_of
+from offload_layers._budget import Budget, budget_of
 from offload_layers.testing import CountingSource, assert_invariants, residencies
 from torch import Tensor, nn
 
@@ -313,11 +313,16 @@ def deep(layers: int = 8) -> nn.Sequential:
 
 
 def staying(source: Mapping[str, Tensor], *, room: float, **settings: Any) -> Any:
-    """Manage a model of eight layers such that *room* of them stay or pass."""
+    """Manage a model of eight layers such that *room* of them stay or pass, in books of its own."""
     config = on_disk() | {"preparing_dtype": torch.float32, "preparing_device": "cpu"} | settings
-    return enable_vram_management(
+    model = enable_vram_management(
         deep(), {nn.Linear: AutoWrappedLinear}, config, room * NBYTES / 1024**3, source
     )
+    budget = Budget(CPU)
+    for residency in residencies(model):
+        residency.own_budget = budget
+        budget.register(residency)
+    return model
 
 
 def lent(model: nn.Module, source: MappedSource) -> list[bool]:
@@ -335,7 +340,7 @@ def test_layers_that_stay_while_others_pass_have_memory_of_their_own() -> None:
             assert torch.equal(model(x), deep()(x))
     assert lent(model, source) == 6 * [False]
     assert len(source.copies.reads) >= 6
-    assert_invariants(model, budget_of(CPU))
+    assert_invariants(model, residencies(model)[0].budget)
     with torch.no_grad():
         for residency in residencies(model):
             if residency.resident:
@@ -370,7 +375,7 @@ def test_a_layer_that_cannot_be_read_to_stay_is_as_it_was() -> None:
     with torch.no_grad():
         with pytest.raises(OSError, match=r"0\.weight: the disk is gone"):
             model(x)
-        assert_invariants(model, budget_of(CPU))
+        assert_invariants(model, residencies(model)[0].budget)
         source.copies.failing.clear()
         assert torch.equal(model(x), deep()(x))
-    assert_invariants(model, budget_of(CPU))
+    assert_invariants(model, residencies(model)[0].budget)
