@@ -21,7 +21,7 @@ from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
 from offload_layers._schedule import Schedule
 from offload_layers._shared import Lacking, SharedCopies
-from offload_layers._source import Source, offered, owning
+from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State, check_legal
 from offload_layers._tiers import TierStack
@@ -258,19 +258,6 @@ class Resting:
 
     # -- the mechanism ------------------------------------------------------------------------------
 
-    @property
-    def _source_of_what_stays(self) -> Source | None:
-        """What is read from by a layer that stays in host memory, maybe while others pass through it.
-
-        Then views of a mapped file would not stay: the pages of all layers are used in turn, and where memory
-        is short the system takes those back first that were used longest ago. They would be read again with
-        each forward, as if nothing stayed.
-        """
-        source, limit, schedule = self.source, self.limit, self.schedule
-        if source is None or limit is None or schedule is None or not self._device.is_host:
-            return source
-        return owning(source) if schedule.staying_nbytes > limit else source
-
     def _register_with_budget(self) -> None:
         # a number, since the budget may ask when the model is gone; 0 if the layer computes where it rests
         computation = self.policy.computation
@@ -300,12 +287,15 @@ class Resting:
         self._drop_kept()
         self._hide()
         coming = [(w, w.registered) for w in self.weights if not placement.holds(w.registered)]
+        source = self.source
+        if self.schedule is not None and self._device.is_host:
+            source = self.schedule.source_of_what_stays(source, self.limit)
         try:
             with label("fetch", self.name):
                 self.budget.retrying(
                     lambda: self._tiers.push(
                         placement,
-                        self._source_of_what_stays,
+                        source,
                         lease,
                         computes_on=self.policy.computation.device,
                         shared=self._shared,

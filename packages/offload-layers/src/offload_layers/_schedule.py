@@ -13,7 +13,7 @@ from offload_layers._choice import Demand, choose_residents
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
 from offload_layers._shared import SharedCopies
-from offload_layers._source import Source, alone
+from offload_layers._source import Source, alone, owning
 
 #: copies are kept between forwards, those of the smallest layers first, up to this part of the model's bytes:
 #: norms, mostly, which cost more in calls than in bytes
@@ -54,7 +54,6 @@ class Schedule:
         beside_nbytes: What computations will take of the device beside weights, as far as that is known.
 
     Attributes:
-        staying_nbytes: What all layers take when they stay, as far as they are known.
         last_called: When a layer was called last, by a clock that counts such calls in this process. Layers
             that are resident are called without a question.
     """
@@ -68,7 +67,7 @@ class Schedule:
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
         self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
-        self.staying_nbytes = 0
+        self._staying_nbytes = 0  # what all layers take when they stay
         self.last_called = 0
         self._called: dict[weakref.ref[Scheduled], int] = {}  # when each layer was called last
         self._round_began = 0  # when the layer that is called now was called the last time
@@ -82,7 +81,7 @@ class Schedule:
         """Learn of all *layers* of the model, in the order in which it holds them."""
         self._order.presume(layers)
         self._keep_small(layers)
-        self.staying_nbytes = sum(layer.staying_nbytes for layer in layers)
+        self._staying_nbytes = sum(layer.staying_nbytes for layer in layers)
 
     def called(self) -> "list[Scheduled]":
         """Return the layers that were called while they were not resident, the first one first."""
@@ -121,6 +120,17 @@ class Schedule:
         ours = alone(source)
         self._sources.append((source, ours))
         return ours
+
+    def source_of_what_stays(self, source: Source | None, limit: int | None) -> Source | None:
+        """Return what a layer is read from that stays in host memory, maybe while others pass through it.
+
+        Then views of a mapped file would not stay: the pages of all layers are used in turn, and where memory
+        is short the system takes those back first that were used longest ago. They would be read again with
+        each forward, as if nothing stayed.
+        """
+        if source is None or limit is None or self._staying_nbytes <= limit:
+            return source
+        return owning(source)
 
     # -- reading weights from outside ---------------------------------------------------------------
 

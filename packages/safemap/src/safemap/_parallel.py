@@ -85,14 +85,14 @@ def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: in
     def help_out() -> None:
         if next(tickets, None) is None:
             return
-        error: BaseException | None = None
         try:
             with torch.inference_mode() if is_inference else contextlib.nullcontext():
                 for piece in queue:
                     task(piece)
-        except BaseException as caught:
-            error = caught
-        ended.put(error)
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
 
     try:
         for _ in range(helpers):
@@ -102,10 +102,13 @@ def for_each(task: Callable[[Piece], None], pieces: Sequence[Piece], threads: in
     finally:
         late = sum(1 for _ in tickets)
         # wait: no thread may write into memory that the caller has given up
-        errors = [ended.get() for _ in range(helpers - late)]
-    for error in errors:
-        if error is not None:
-            raise error
+        results = [ended.get() for _ in range(helpers - late)]
+    failed = [result for result in results if result is not None]
+    if failed:
+        try:
+            raise failed[0]
+        finally:
+            del failed, results  # the traceback holds this frame, and with it what was read into
 
 
 def one_by_one(task: Callable[[], object]) -> None:
