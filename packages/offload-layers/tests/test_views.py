@@ -114,6 +114,46 @@ def test_views_are_made_once_and_renewed_for_each_computation(model: Any, source
     assert_invariants(model)
 
 
+def read_by_the_first_layer(model: Any, source: MappedSource) -> list[str]:
+    """Return what has been read when the first layer of a forward has computed, each as often as it was."""
+    found: list[list[str]] = []
+    handle = model[0].register_forward_hook(lambda *_: found.append(list(source.reads)))
+    assert torch.equal(model(X), plain()(X))
+    handle.remove()
+    return found[0]
+
+
+def test_all_views_are_made_before_there_are_many_activations(source: MappedSource) -> None:
+    model = manage(source)
+    assert sorted(read_by_the_first_layer(model, source)) == sorted(source)
+    assert sorted(source.reads) == sorted(source)  # and none again
+    assert_invariants(model)
+
+
+def test_what_will_be_no_view_is_not_read_beforehand() -> None:
+    own = ["0.bias", "0.weight"]
+    source = MappedSource(plain().state_dict(), lasts=False)
+    assert sorted(read_by_the_first_layer(manage(source), source)) == own
+    source = MappedSource(plain().state_dict())
+    model = manage(source)
+    model[1].computation_dtype = torch.float64
+    model[2].load_state_dict(plain()[2].state_dict())  # from now on in memory
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(X)
+    assert sorted(source.reads) == sorted([*own, "1.bias", "1.weight"])
+
+
+def test_a_view_that_cannot_be_made_yet_fails_only_its_own_layer(source: MappedSource) -> None:
+    model = manage(source)
+    source.failing.add("2.weight")
+    assert model[0](X).shape == X.shape
+    with pytest.raises(OSError, match=r"2\.weight: the disk is gone"):
+        model(X)
+    source.failing.clear()
+    assert torch.equal(model(X), plain()(X))
+    assert_invariants(model)
+
+
 def test_what_is_kept_is_not_borrowed(source: MappedSource) -> None:
     model = manage(source, vram_limit=2.5 * NBYTES / 2**30)
     for _ in range(3):

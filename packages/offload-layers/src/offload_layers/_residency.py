@@ -4,6 +4,7 @@ Unless the layer is resident, ``enter`` stages copies of its weights for as long
 and nested calls share one staged copy; the last one to leave drops it.
 """
 
+import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar
@@ -28,6 +29,7 @@ from offload_layers._uncompiled import uncompiled
 from offload_layers._views import Views
 from offload_layers._weight import Weight
 
+_log = logging.getLogger("offload_layers.transfer")
 Result = TypeVar("Result")
 
 #: bytes of a layer from which on a source reads on several threads. A small layer is read before they wake up
@@ -291,7 +293,32 @@ class Residency(Owning):
         passing.may_be_views = self._views is not None
         if self._views is None and self._reads_in_threads(passing):
             let_idle_workers_sleep()
+        if self._views is not None and self.schedule is not None:
+            self.schedule.views_last()
         return Fetched(tensors, lease, made_from, ready)
+
+    def make_views(self) -> None:
+        """Make the views that the layer will compute with, unless that would take reading."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self.resident or self._views is not None or not self._will_be_views():
+                return
+            made_from = self.at_rest()
+            tensors, _ = self._fetch_aside(self.source)
+            self._views = self._lent(tensors, made_from)
+        except Exception:
+            _log.debug('making views of "%s" failed; it will try when it is called', self.name, exc_info=True)
+        finally:
+            self._lock.release()
+
+    def _will_be_views(self) -> bool:
+        """Whether the source can give all weights as views, as far as it tells without reading them."""
+        passing, computation, source = self._passes(), self.policy.computation, self.source
+        if not passing.may_be_views or len(passing.on_disk) < len(self.weights) or self._renew is None:
+            return False
+        stored = [weight.on_disk(source)[0] for weight in self.weights]
+        return all(computation.dtype_for(dtype) == dtype for dtype in stored) and self._renew(passing.on_disk)
 
     def _reads_in_threads(self, passing: Passing) -> bool:
         """Whether several threads read the weights, on the cores that compute."""

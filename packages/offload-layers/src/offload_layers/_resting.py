@@ -284,7 +284,8 @@ class Resting:
         return self._shared.lacking(coming, placement, self.source) if coming else None
 
     def _push(self, placement: Placement, lacking: Lacking | None, lease: Lease | None) -> None:
-        self._drop_kept()
+        if not placement.is_disk:  # otherwise the model will hold what it holds
+            self._drop_kept()
         self._hide()
         coming = [(w, w.registered) for w in self.weights if not placement.holds(w.registered)]
         source = self.source

@@ -46,6 +46,9 @@ class Scheduled(Fetchable, Staying, Protocol):
     def leave(self, calls: bool) -> None:
         """End what ``enter`` began."""
 
+    def make_views(self) -> None:
+        """Make the views that the layer will compute with, if its weights will be views."""
+
 
 class Schedule:
     """The layers of one model in the order in which they are called.
@@ -63,6 +66,8 @@ class Schedule:
         self.prefetcher = Prefetcher(self._order)
         self.beside = Beside(beside_nbytes)
         self.shared = SharedCopies()
+        self._all: list[weakref.ref[Scheduled]] = []
+        self._has_views = False
         self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
@@ -80,6 +85,7 @@ class Schedule:
     def take_in(self, layers: "Sequence[Scheduled]") -> None:
         """Learn of all *layers* of the model, in the order in which it holds them."""
         self._order.presume(layers)
+        self._all = [weakref.ref(layer) for layer in layers]
         self._keep_small(layers)
         self._staying_nbytes = sum(layer.staying_nbytes for layer in layers)
 
@@ -131,6 +137,16 @@ class Schedule:
         if source is None or limit is None or self._staying_nbytes <= limit:
             return source
         return owning(source)
+
+    def views_last(self) -> None:
+        """Have all layers make the views that last now that one has: see Note [Views are made at once]."""
+        if self._has_views:
+            return
+        self._has_views = True
+        for reference in self._all:
+            layer = reference()
+            if layer is not None:
+                layer.make_views()
 
     # -- reading weights from outside ---------------------------------------------------------------
 

@@ -85,9 +85,9 @@ class TierStack:
         else:
             with torch.inference_mode(False):  # the copies outlive the forward that caused them
                 parameters = [shared.of(weight, placement, source, make) for weight in self._weights]
-        if placement.device == computes_on:
-            device_of(computes_on).synchronize()  # see Note [Any stream may compute]
-        self._register(parameters)
+            if placement.device == computes_on:
+                device_of(computes_on).synchronize()  # see Note [Any stream may compute]
+            self._register(parameters)
         self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
 
     @staticmethod
