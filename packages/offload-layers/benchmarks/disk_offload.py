@@ -27,7 +27,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ SHARD_NBYTES = 600_000_000
 PIECE = 8 << 20
 SMALL_PIECE = 2 << 20
 ROOM = 8 << 30  # bytes: for the checkpoint in the page cache, the plain model and what a subject holds
+QUIET = 0.05  # of the time of all cores
 SETTLED_S = 1.5  # until nothing of a subject is under way that the plain model could feel
 RESTING = ("offload", "onload", "preparing")
 
@@ -358,14 +359,53 @@ def read_all(folder: Path, threads: int = 4) -> None:
         list(pool.map(read, pieces))
 
 
-def second_of_two(act: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    """Seconds that *act* takes the second time, with *before* right before each time."""
+class Taken(NamedTuple):
+    """How long something took, and which part of the cores' time the host of this machine took meanwhile."""
+
+    seconds: float
+    stolen: float
+
+
+def stolen_s() -> float:
+    """Seconds of all cores together that the host has taken up to now; 0 where the system does not tell."""
+    try:
+        columns = Path("/proc/stat").read_text().splitlines()[0].split()
+        return int(columns[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
+
+
+def timed(act: Callable[[], object]) -> Taken:
+    stolen, start = stolen_s(), time.perf_counter()
+    act()
+    seconds = time.perf_counter() - start
+    return Taken(seconds, (stolen_s() - stolen) / seconds / (os.cpu_count() or 1))
+
+
+def second_of_two(act: Callable[[], object], before: Callable[[], object] = lambda: None) -> Taken:
+    """What *act* takes the second time, with *before* right before each time."""
     for _ in range(2):
         before()
-        start = time.perf_counter()
-        act()
-        taken = time.perf_counter() - start
+        taken = timed(act)
     return taken
+
+
+def quiet_rounds(rounds: int, once: Callable[[], list[Taken]]) -> tuple[list[list[float]], int]:
+    """Return the seconds of so many rounds, and how many others were left out.
+
+    A round is left out in which the host took more than a few percent of the time of the cores from anything
+    that is compared: who waits for a core is then slowed down by others. There are at most three times as
+    many rounds as asked for; if too few of those are quiet, the quietest count.
+    """
+    done: list[list[Taken]] = []
+
+    def noise(taken: list[Taken]) -> float:
+        return max(part.stolen for part in taken)
+
+    while len(done) < 3 * rounds and sum(noise(taken) <= QUIET for taken in done) < rounds:
+        done.append(once())
+    quietest = sorted(done, key=noise)[:rounds]
+    return [[part.seconds for part in taken] for taken in quietest], len(done) - rounds
 
 
 @torch.no_grad()
@@ -392,22 +432,20 @@ def measure(subject: str, folder: Path, tokens: str, rounds: int, threads: int, 
     if what == "cold":
         return cold(model, reference, arguments, folder, rounds)
     expected = reference(**arguments)[0]
-    ratios, seconds = [], []
-    for _ in range(rounds):
+
+    def once() -> list[Taken]:
         time.sleep(SETTLED_S)
         reference(**arguments)
-        start = time.perf_counter()
-        reference(**arguments)
-        middle = time.perf_counter()
-        output = model(**arguments)[0]
-        end = time.perf_counter()
-        ratios.append((end - middle) / (middle - start))
-        seconds.append(middle - start)
+        return [timed(lambda: reference(**arguments)), timed(lambda: model(**arguments))]
+
+    taken, left_out = quiet_rounds(rounds, once)
+    ratios = [managed_s / plain_s for plain_s, managed_s in taken]
     return {
         "ratio": statistics.median(ratios),
         "ratios": sorted(ratios),
-        "plain_s": statistics.median(seconds),
-        "identical": bool(torch.equal(output, expected)),
+        "rounds_left_out": left_out,
+        "plain_s": statistics.median(plain_s for plain_s, _ in taken),
+        "identical": bool(torch.equal(model(**arguments)[0], expected)),
     }
 
 
@@ -419,19 +457,25 @@ def cold(
     Each is done twice in a row, and the second counts: what comes first after a pause is slower on a virtual
     machine, be it computation alone.
     """
-    ratios, seconds = [], []
-    for _ in range(rounds):
-        compute_s = second_of_two(lambda: reference(**arguments))
+
+    def once() -> list[Taken]:
+        computing = second_of_two(lambda: reference(**arguments))
         use_free_memory()
-        disk_s = second_of_two(lambda: read_all(folder), before=lambda: forget(folder))
+        reading = second_of_two(lambda: read_all(folder), before=lambda: forget(folder))
         use_free_memory()
-        forward_s = second_of_two(lambda: model(**arguments), before=lambda: forget(folder))
-        ratios.append(forward_s / max(compute_s, disk_s))
-        seconds.append((forward_s, compute_s, disk_s))
-    forward_s, compute_s, disk_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+        return [
+            second_of_two(lambda: model(**arguments), before=lambda: forget(folder)),
+            computing,
+            reading,
+        ]
+
+    taken, left_out = quiet_rounds(rounds, once)
+    ratios = [forward_s / max(others) for forward_s, *others in taken]
+    forward_s, compute_s, disk_s = (statistics.median(column) for column in zip(*taken, strict=True))
     return {
         "ratio": statistics.median(ratios),
         "ratios": sorted(ratios),
+        "rounds_left_out": left_out,
         "forward_s": forward_s,
         "compute_s": compute_s,
         "disk_s": disk_s,
