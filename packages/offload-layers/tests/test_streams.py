@@ -487,7 +487,8 @@ def test_a_layer_that_ceases_to_be_resident_while_others_call_it(monkeypatch: py
     assert sim.races == []
 
 
-def test_a_thread_that_has_read_a_resident_weight_when_another_one_makes_it_leave() -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_thread_that_has_read_a_resident_weight_when_another_one_makes_it_leave(is_known: bool) -> None:
     model, x, other = make(nn.Sequential(Scale(), Scale()), "preparing"), ones(), Stream()
     has_read, has_left = threading.Event(), threading.Event()
 
@@ -501,9 +502,11 @@ def test_a_thread_that_has_read_a_resident_weight_when_another_one_makes_it_leav
         with torch.no_grad(), sim.stream(other):
             model[0](x)
 
-    call()  # here the stream is seen to compute
-    model[0].offload()
     model(x)
+    if is_known:
+        model[0].offload()
+        call()  # here the stream is seen to compute
+        assert model[0].state is State.PREPARING
     model[0].instead = compute
     thread = threading.Thread(target=call)
     thread.start()

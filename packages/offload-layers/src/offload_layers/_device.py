@@ -20,7 +20,8 @@ Note [Any stream may compute]
     called without a question. So the host waits for the device (``synchronize``) when a layer has become
     resident and before it ceases to be, which is rare; and likewise around each change of values at rest.
     A thread that has read a weight then, and is yet to use it, uses it later than that: so the memory is kept
-    for every stream that was seen to compute (``record_use`` of ``by_anyone``).
+    for every stream that was seen to compute, and for that of whoever lets go of the weight last
+    (``record_use`` of ``by_anyone``): somebody who called nothing but resident layers was never seen.
     Who reads weights from outside of their layer has to ask for each: what is staged for readers is not an
     attribute of its module.
 
@@ -31,6 +32,7 @@ Note [Weights that rest on the device]
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -126,7 +128,7 @@ class Device(Protocol):
     def record_use(self, tensor: Tensor, *, by_anyone: bool = False) -> None:
         """Keep the memory of *tensor*, once it is dropped, until the current queue is done with it.
 
-        With *by_anyone* until every queue is that computes.
+        With *by_anyone* until every queue is that computes, and that of whoever lets go of *tensor* last.
         """
 
     def synchronize(self) -> None:
@@ -303,6 +305,8 @@ class Accelerator:
             current = self._module.current_stream(self._device)
             for stream in {current, *self._callers} if by_anyone else {current}:
                 tensor.record_stream(stream)
+            if by_anyone:  # a queue of which nothing is known may be about to use it
+                weakref.finalize(tensor, self.record_use, tensor.detach()).atexit = False
 
     def synchronize(self) -> None:
         """Wait for all streams; a device that was not used yet is not started for it."""
