@@ -201,8 +201,11 @@ def test_copies_that_are_kept_are_on_the_device() -> None:
     model(X)
     found = report(model).layers[0]
     assert (found.tier, found.dtype, found.nbytes) == (Tier.DEVICE, "float32", STAGED_NBYTES)
+    assert (found.hits, found.misses) == (1, 0)  # made before it was called
+    assert found.waited_s > 0
     model(X)
-    assert report(model).layers[0].hits == 1
+    assert report(model).layers[0].hits == 2
+    assert report(model).layers[0].moved_nbytes == found.moved_nbytes
 
 
 def test_reading_weights_that_are_resident_is_not_counted() -> None:

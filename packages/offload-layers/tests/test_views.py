@@ -33,6 +33,9 @@ class MappedSource(CountingSource):
         super().__getitem__(name)
         return self.tensors[name].detach()
 
+    def info(self, name: str) -> Tensor:
+        return self.tensors[name]  # has dtype and shape
+
     def prefetch(self, names: Iterable[str]) -> None:
         self.asked += names
 
@@ -114,7 +117,7 @@ def test_views_are_made_once_and_renewed_for_each_computation(model: Any, source
     assert_invariants(model)
 
 
-def read_by_the_first_layer(model: Any, source: MappedSource) -> list[str]:
+def read_by_the_first_layer(model: Any, source: CountingSource) -> list[str]:
     """Return what has been read when the first layer of a forward has computed, each as often as it was."""
     found: list[list[str]] = []
     handle = model[0].register_forward_hook(lambda *_: found.append(list(source.reads)))
@@ -141,6 +144,26 @@ def test_what_will_be_no_view_is_not_read_beforehand() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         model(X)
     assert sorted(source.reads) == sorted([*own, "1.bias", "1.weight"])
+
+
+def test_small_copies_are_kept_before_there_are_many_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_layers._schedule.KEPT_NBYTES", 1 << 20)
+    monkeypatch.setattr("offload_layers._schedule.KEPT_SHARE", 1.0)
+    source = CountingSource(plain().state_dict())
+    model = manage(source, vram_limit=10 * NBYTES / 2**30)
+    assert sorted(read_by_the_first_layer(model, source)) == sorted(source)
+    source.failing |= set(source)
+    assert torch.equal(model(X), plain()(X))
+    assert_invariants(model)
+
+
+def test_copies_for_which_there_is_no_room_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_layers._schedule.KEPT_NBYTES", 1 << 20)
+    monkeypatch.setattr("offload_layers._schedule.KEPT_SHARE", 1.0)
+    source = CountingSource(plain().state_dict())
+    model = manage(source, vram_limit=2 * NBYTES / 2**30)  # two pass through, and nothing is to stay
+    assert sorted(read_by_the_first_layer(model, source)) == ["0.bias", "0.weight"]
+    assert_invariants(model)
 
 
 def test_a_view_that_cannot_be_made_yet_fails_only_its_own_layer(source: MappedSource) -> None:

@@ -21,7 +21,7 @@ from offload_layers._owning import Owning
 from offload_layers._passing import Passing
 from offload_layers._prefetch import Fetched, MadeFrom
 from offload_layers._resting import HEIGHT
-from offload_layers._source import Source
+from offload_layers._source import Source, offered
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State
 from offload_layers._transfer import parameter_like
@@ -61,6 +61,8 @@ class Residency(Owning):
             if self._tiers.height < HEIGHT[State.PREPARING]:
                 self._climb()
             if not self.resident:
+                if schedule is not None and self._device.is_host:
+                    schedule.make_lasting()
                 self._stage(differentiable=self._wants_gradients())
                 if schedule is not None:
                     schedule.start_after(self)
@@ -293,29 +295,52 @@ class Residency(Owning):
         passing.may_be_views = self._views is not None
         if self._views is None and self._reads_in_threads(passing):
             let_idle_workers_sleep()
-        if self._views is not None and self.schedule is not None:
-            self.schedule.views_last()
         return Fetched(tensors, lease, made_from, ready)
 
-    def make_views(self) -> None:
-        """Make the views that the layer will compute with, unless that would take reading."""
+    def make_lasting(self) -> None:
+        """Make what the layer will compute with in each forward: copies that it keeps, or views.
+
+        Nothing that will not be kept is read. What fails now is tried again when the layer is called.
+        """
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if self.resident or self._views is not None or not self._will_be_views():
+            if self.resident or self._staged is not None or self._kept is not None:
                 return
-            made_from = self.at_rest()
-            tensors, _ = self._fetch_aside(self.source)
-            self._views = self._lent(tensors, made_from)
+            if self.keeps_staged and self.policy.onload.is_disk and self.policy.preparing.is_disk:
+                self._keep()
+            elif self._will_be_views():
+                made_from = self.at_rest()
+                tensors, _ = self._fetch_aside(self.source)
+                self._views = self._lent(tensors, made_from)
         except Exception:
-            _log.debug('making views of "%s" failed; it will try when it is called', self.name, exc_info=True)
+            _log.debug('"%s" will be fetched when it is called', self.name, exc_info=True)
         finally:
             self._lock.release()
 
+    def _keep(self) -> None:
+        """Make copies and keep them, if there is room."""
+        begin, passing = perf_counter(), self._passes()
+        lease = self.budget.borrow_ahead(self, passing.copy_nbytes, limit=self.limit)
+        if lease is None:
+            return
+        try:
+            if not self.budget.try_keep(lease, limit=self.limit):
+                lease.give_back()
+                return
+            self._kept = self._copies(lease)
+        except BaseException:
+            lease.give_back()
+            raise
+        self.counters.own_nbytes += passing.moving_nbytes
+        self.counters.waited_s += perf_counter() - begin
+
     def _will_be_views(self) -> bool:
-        """Whether the source can give all weights as views, as far as it tells without reading them."""
+        """Whether all weights will be views of the source's memory, as far as it tells without reading."""
         passing, computation, source = self._passes(), self.policy.computation, self.source
-        if not passing.may_be_views or len(passing.on_disk) < len(self.weights) or self._renew is None:
+        if not passing.may_be_views or len(passing.on_disk) < len(self.weights):
+            return False
+        if self._renew is None or offered(source, "info") is None:
             return False
         stored = [weight.on_disk(source)[0] for weight in self.weights]
         return all(computation.dtype_for(dtype) == dtype for dtype in stored) and self._renew(passing.on_disk)

@@ -46,8 +46,8 @@ class Scheduled(Fetchable, Staying, Protocol):
     def leave(self, calls: bool) -> None:
         """End what ``enter`` began."""
 
-    def make_views(self) -> None:
-        """Make the views that the layer will compute with, if its weights will be views."""
+    def make_lasting(self) -> None:
+        """Make what the layer will compute with in each forward, as far as that is kept between forwards."""
 
 
 class Schedule:
@@ -67,7 +67,7 @@ class Schedule:
         self.beside = Beside(beside_nbytes)
         self.shared = SharedCopies()
         self._all: list[weakref.ref[Scheduled]] = []
-        self._has_views = False
+        self._has_lasting = False
         self._sources: list[tuple[Source | None, Source | None]] = []
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
@@ -138,15 +138,15 @@ class Schedule:
             return source
         return owning(source)
 
-    def views_last(self) -> None:
-        """Have all layers make the views that last now that one has: see Note [Views are made at once]."""
-        if self._has_views:
+    def make_lasting(self) -> None:
+        """Have all layers make what lasts, once: see Note [What lasts is made at once] in ``_views``."""
+        if self._has_lasting:
             return
-        self._has_views = True
+        self._has_lasting = True
         for reference in self._all:
             layer = reference()
             if layer is not None:
-                layer.make_views()
+                layer.make_lasting()
 
     # -- reading weights from outside ---------------------------------------------------------------
 
