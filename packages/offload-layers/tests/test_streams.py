@@ -518,6 +518,17 @@ def test_a_thread_that_has_read_a_resident_weight_when_another_one_makes_it_leav
     assert sim.races == []
 
 
+@pytest.mark.parametrize(("name", "times"), [("device", 0), ("preparing", 3)])
+def test_only_weights_that_leave_are_kept_for_others(name: str, times: int) -> None:
+    x, layer = ones(), one_scale(name)
+    with mock.patch.object(Accelerator, "record_use") as record_use:
+        for _ in range(3):
+            with torch.no_grad():
+                layer(x)
+            layer.offload()
+    assert sum(call.kwargs.get("by_anyone", False) for call in record_use.call_args_list) == times
+
+
 def test_adapters_are_added_to_what_is_read_when_they_are_there() -> None:
     x, model = ones(), make(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "disk")
     a, b = torch.ones(2, WIDTH).to(CUDA), torch.ones(WIDTH, 2).to(CUDA)

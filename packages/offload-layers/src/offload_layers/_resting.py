@@ -325,7 +325,7 @@ class Resting:
             self._hide()  # before the host waits: other threads go on
             if is_on_device:
                 self._device.synchronize()
-                for parameter in self._tiers.top:  # somebody may have read it, or autograd have saved it
+                for parameter in self._tiers.leaving:  # somebody may have read it, or autograd have saved it
                     self._device.record_use(parameter, by_anyone=True)
             self._tiers.pop()
         self._expose_if_resident()

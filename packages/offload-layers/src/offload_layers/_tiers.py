@@ -52,6 +52,12 @@ class TierStack:
         return self._tiers[-1].parameters
 
     @property
+    def leaving(self) -> list[nn.Parameter]:
+        """What the next `pop` drops: copies that are on top only."""
+        below = {id(parameter) for parameter in self._tiers[-2].parameters}
+        return [parameter for parameter in self.top if id(parameter) not in below]
+
+    @property
     def leased_nbytes(self) -> int:
         """Bytes of the compute device that the copies take."""
         return sum(tier.lease.nbytes for tier in self._tiers if tier.lease is not None)
