@@ -8,7 +8,7 @@ pages may have been taken back since, and the file may have changed.
 Note [What lasts is made at once]
     What lasts is not to be made between activations: a small block in the middle of the heap keeps what was
     freed around it from being used as a whole, and from being given back. (A float32 model of 2 GB, 1,088
-    tokens: mapped 200 to 450 MB more than its activations take, read 100 to 150.) So all layers of a model
+    tokens: mapped 170 to 420 MB more than its activations take.) So all layers of a model
     make their views, and the copies that they keep, at the beginning of the first forward.
 """
 
