@@ -7,9 +7,10 @@ beside DiffSynth-Studio, accelerate and diffusers where they are installed.
 A row tells the seconds of a forward (median) and their ratio to the floor, which is the larger of computation
 and bytes over bus, the most memory that torch had, and what the driver saw. ``!`` marks outputs that are not
 those of the plain model, as those of weights kept in eight bits must be. The peak is that of the forwards
-that are timed, after three that are not. ``mallocs`` is how often torch asked the driver for memory during
-them: 0 if what has passed through is used again. Weights "from disk" are in the page cache, one gigabyte of
-them may be in host memory. "Predicted" is what a plan on the same inputs says beforehand.
+that are timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how
+often torch asked the driver for memory while it was timed: 0 if what has passed through is used again.
+Weights "from disk" are in the page cache, one gigabyte of them may be in host memory. "Predicted" is what a
+plan on the same inputs says beforehand.
 
 Needs diffusers and safemap; without an accelerator it says so and ends.
 The options ``--device cpu --layers 1 --heads 1 --tokens 16`` try the script itself.
@@ -33,7 +34,7 @@ from disk_offload import diffsynth_layers, module_map
 from torch import nn
 
 GB = 10**9
-LINE = "{:30} {:>7} {:>9} {:>9} {:>7} {:>8} {:>11} {:>8} {:>12} {:>9} {:>7}"
+LINE = "{:30} {:>7} {:>9} {:>9} {:>7} {:>8} {:>11} {:>8} {:>9} {:>12} {:>9} {:>7}"
 CONFIG: dict[str, int] = {
     "num_layers": 14,
     "attention_head_dim": 128,
@@ -275,8 +276,10 @@ def measure(
     plan = getattr(model, "plan", None)
     predicted_s = None if plan is None else plan.predict().total_s
     predicted_nbytes = None if plan is None else plan.peak_device_nbytes + plan.work.activations_nbytes
+    driver.forget_peak()
     for _ in range(3):  # the order is learned, and who stays is chosen
         output = model(**arguments)[0]
+    first_peak = driver.peak()
     driver.forget_peak()
     mallocs = driver.mallocs()
     forward_s = seconds(driver, lambda: model(**arguments), 5)
@@ -287,6 +290,7 @@ def measure(
         "forward_s": forward_s,
         "bus_floor_s": 0.0 if limit is None else max(0, nbytes - limit) / bus,
         "peak_allocated_nbytes": driver.peak(),
+        "first_peak_allocated_nbytes": first_peak,
         "predicted_s": predicted_s,
         "predicted_peak_nbytes": predicted_nbytes,
         "driver_nbytes": total - free,
@@ -332,6 +336,7 @@ def measure_all(
                 "-" if limit is None else f"{limit / GB:.0f}",
                 "-" if row["predicted_s"] is None else f"{row['predicted_s']:.3f}",
                 f"{row['peak_allocated_nbytes'] / GB:.2f}",
+                f"{row['first_peak_allocated_nbytes'] / GB:.2f}",
                 "-" if row["predicted_s"] is None else f"{row['predicted_peak_nbytes'] / GB:.2f}",
                 f"{row['driver_nbytes'] / GB:.2f}",
                 str(row["mallocs"]),
@@ -367,6 +372,7 @@ def main() -> None:
             "limit GB",
             "predicted s",
             "peak GB",
+            "at first",
             "predicted GB",
             "driver GB",
             "mallocs",

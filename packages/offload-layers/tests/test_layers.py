@@ -80,7 +80,8 @@ def test_only_layers_that_fit_under_the_limit_stay(
     limit = before.lent_nbytes + 9_000
     for layer in layers(model):
         layer._owner().limit = limit if device.type == "cpu" else None
-    model(x)
+    for _ in range(2):  # until all layers were called nobody stays
+        model(x)
     after = budget.statistics()
     prepared = [r for r in residencies(model) if r.state is State.PREPARING]
     if device.type == "cpu":

@@ -11,7 +11,9 @@ from offload_layers import (
     State,
     enable_vram_management,
 )
+from offload_layers._budget import Budget
 from offload_layers._device import OutOfMemory
+from offload_layers._placement import GIB
 from offload_layers.testing import CountingSource, assert_invariants, residencies
 from torch import Tensor, nn
 
@@ -68,19 +70,19 @@ def test_when_that_does_not_help_the_error_says_so(config: dict[str, Any]) -> No
 
 
 class Hungry(nn.Module):
-    """A layer whose forward finds the device full as long as *other* stays there."""
+    """A layer whose forward finds the device full as long as one of the *others* stays there."""
 
-    def __init__(self, other: Any, *, buffered: bool) -> None:
+    def __init__(self, *others: Any, buffered: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
-        self.others = [other]
+        self.others = list(others)
         self.calls = 0
         if buffered:
             self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if self.others[0].state is State.PREPARING:
+        if any(other.state is State.PREPARING for other in self.others):
             raise OutOfMemory("the device is full.")
         return x * self.weight
 
@@ -108,3 +110,31 @@ def test_a_forward_that_may_have_written_to_buffers_is_not_run_twice() -> None:
         layer(X)
     assert layer.calls == 1
     assert_invariants(layer)
+
+
+def test_who_had_to_leave_comes_back_in_the_next_forward_only() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(*plain(), Hungry(buffered=False), nn.Linear(4, 4))
+
+    before = make()
+    faces: dict[type[nn.Module], type] = {nn.Linear: AutoWrappedLinear, Hungry: AutoWrappedModule}
+    limit = 4 * 80 / GIB  # two of the linear layers stay, and two pass
+    source = CountingSource(before.state_dict())
+    model: Any = enable_vram_management(make(), faces, PREPARING, limit, source)
+    layers = residencies(model)
+    budget = Budget(torch.device("cpu"))
+    for layer in layers:
+        layer.own_budget = budget
+        budget.register(layer)
+    assert torch.equal(model(X), before(X))
+    model[3].others = [model[0], model[1], model[2], model[4]]
+    for _ in range(3):
+        calls = model[3].calls
+        assert torch.equal(model(X), before(X))
+        assert model[3].calls == calls + 2
+        assert not any(layer.resident for layer in layers if layer.name != "3")
+    model[3].others = []
+    assert torch.equal(model(X), before(X))
+    assert [layer.resident for layer in layers].count(True) >= 2
+    layers[0].schedule.forget()  # what was fetched ahead
+    assert_invariants(model, budget)

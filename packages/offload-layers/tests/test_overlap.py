@@ -215,9 +215,22 @@ def test_the_limit_is_kept_with_what_computations_take(device: FakeDevice, confi
     assert device.peak_nbytes <= limit
 
 
-def test_what_is_known_beforehand_counts_from_the_first_forward_on(device: FakeDevice) -> None:
+def test_where_not_all_can_stay_the_limit_is_kept_in_the_first_forward_too(device: FakeDevice) -> None:
     seconds = [COPY_S] * LAYERS
     limit = 9 * NBYTES
+    model = managed(device, seconds, PREPARING, limit_for(limit))
+    model[LAYERS - 1].also = 5 * 1000  # the last layer is the first to tell
+    residents = []
+    for _ in range(3):
+        assert torch.equal(model(X), expected(seconds))
+        residents.append([layer._owner().resident for layer in model].count(True))
+    assert residents == [0, 2, 2]  # nine, but for two that pass and for five beside
+    assert device.peak_nbytes <= limit
+
+
+def test_what_is_known_beforehand_counts_from_the_first_forward_on(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    limit = LAYERS * NBYTES
     peaks = []
     for known in (0, 5 * NBYTES):
         model = managed(device, seconds, PREPARING, limit_for(limit))

@@ -116,6 +116,8 @@ class Residency(Owning):
     def compute_again(self, forward: Callable[[], Result]) -> Result:
         """Run a forward once more that found the device full, after other layers have left it."""
         self.budget.demote_all()
+        if self.schedule is not None:
+            self.schedule.settle_later(self)
         self.enter()
         try:
             return self.budget.retrying(forward, layer=self.name, doing="running")
@@ -199,14 +201,36 @@ class Residency(Owning):
 
     def _climb(self) -> None:
         """Rest as near to the computation as the limit allows."""
-        begin, version = perf_counter(), self._tiers.version
+        begin, version, schedule = perf_counter(), self._tiers.version, self.schedule
         if self.state is State.OFFLOAD:
             self.move_to(State.ONLOAD)
-        self.try_prepare()
-        if self._tiers.version != version:
+        others_came = False
+        if schedule is None or schedule.has_room_for(self):
+            self.try_prepare()
+        else:
+            others_came = schedule.settle(self)
+        if others_came or self._tiers.version != version:
             self.counters.waited_s += perf_counter() - begin
             if self.resident:  # otherwise what is staged then is counted
                 self.counters.misses += 1
+
+    def come_to_stay(self) -> bool:
+        """Become resident now, if there is room and nobody uses the layer; say whether it was done.
+
+        What fails now is tried again in the next forward; until then the layer passes.
+        """
+        if self._tiers.height == HEIGHT[State.PREPARING] or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._staged is not None:
+                return False
+            self.climb_to(State.PREPARING)
+            return self.state is State.PREPARING
+        except Exception:
+            _log.warning('"%s" could not be brought to stay, and passes', self.name, exc_info=True)
+            return False
+        finally:
+            self._lock.release()
 
     def _stage(self, *, differentiable: bool) -> None:
         """Let the model hold copies for a computation, unless it does already."""
