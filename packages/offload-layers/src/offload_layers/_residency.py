@@ -226,8 +226,8 @@ class Residency(Owning):
                 return False
             self.climb_to(State.PREPARING)
             return self.state is State.PREPARING
-        except Exception:
-            _log.warning('"%s" could not be brought to stay, and passes', self.name, exc_info=True)
+        except Exception as error:
+            _log.warning('"%s" could not be brought to stay, and passes: %s', self.name, error)
             return False
         finally:
             self._lock.release()
