@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from offload_layers import AutoWrappedLinear, enable_vram_management
-from offload_layers._budget import Budget
 from offload_layers._merge import MergedSource
 from offload_layers._source import TiedSource, owning
-from offload_layers.testing import residencies
+from offload_layers.testing import residencies, with_own_budget
 from safemap import DiskMap, FileChangedError
 from safetensors.torch import save_file
 from torch import nn
@@ -119,10 +118,7 @@ def test_what_stays_beside_others_does_not_depend_on_the_page_cache(
     model = enable_vram_management(
         plain(), {nn.Linear: AutoWrappedLinear}, config, nbytes / 2**30, DiskMap(path, mmap=True)
     )
-    budget = Budget(torch.device("cpu"))
-    for layer in residencies(model):
-        layer.own_budget = budget
-        budget.register(layer)
+    with_own_budget(model)
     for _ in range(3):
         assert torch.equal(model(X), plain()(X))
     stay = [weight.held for layer in residencies(model) if layer.resident for weight in layer.weights]

@@ -19,7 +19,7 @@ from offload_layers._device import HostDevice, replaced
 from offload_layers._placement import GIB, Placement
 from offload_layers._schedule import Schedule
 from offload_layers._transfer import convert
-from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 WIDTH = 8
@@ -149,7 +149,7 @@ def test_many_threads_in_one_model(limit: float | None) -> None:
 
 @pytest.mark.parametrize("config", [DISK, PREPARING], ids=["ahead", "residents"])
 def test_models_in_threads_make_room_for_each_other(config: dict[str, Any]) -> None:
-    room, budget, expected = 8 * (WIDTH * WIDTH + WIDTH) * 4, Budget(torch.device("cpu")), stack()(X)
+    room, expected = 8 * (WIDTH * WIDTH + WIDTH) * 4, stack()(X)
 
     def run(model: Any, pauses: random.Random) -> None:
         for _ in range(60):
@@ -165,9 +165,7 @@ def test_models_in_threads_make_room_for_each_other(config: dict[str, Any]) -> N
         models.append(
             enable_vram_management(stack(), {nn.Linear: AutoWrappedLinear}, config, room / GIB, source)
         )
-        for residency in residencies(models[-1]):
-            residency.own_budget = budget
-            budget.register(residency)
+    budget = with_own_budget(*models)
     runs = [functools.partial(run, model, random.Random(seed)) for seed, model in enumerate(models)]
     assert in_threads(*runs) == []
     gc.collect()
@@ -191,11 +189,9 @@ def two_small_and_a_large_one(source_of: type[CountingSource]) -> tuple[Any, Bud
     limit = large + small // 2
     source = source_of(plain.state_dict())
     model: Any = enable_vram_management(plain, {nn.Linear: AutoWrappedLinear}, DISK, limit / GIB, source)
-    budget = Budget(torch.device("cpu"))
+    budget = with_own_budget(model)
     for residency in residencies(model):
         residency.keeps_staged = False
-        residency.own_budget = budget
-        budget.register(residency)
     for _ in range(2):  # the order of the layers is learned
         model(X)
     residencies(model)[0].schedule.forget()  # type: ignore[union-attr]
@@ -230,9 +226,7 @@ def test_a_thread_that_ends_leaves_nothing_borrowed() -> None:
     model = enable_vram_management(
         stack(), {nn.Linear: AutoWrappedLinear}, DISK, None, CountingSource(stack().state_dict())
     )
-    budget = Budget(torch.device("cpu"))  # that no other model of this process shares
-    for residency in residencies(model):
-        residency.own_budget = budget
+    budget = with_own_budget(model)
 
     def run() -> None:
         with torch.no_grad():

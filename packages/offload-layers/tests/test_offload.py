@@ -25,10 +25,10 @@ from offload_layers import (
     plan,
     reset_counters,
 )
-from offload_layers._budget import Budget, budget_of
+from offload_layers._budget import budget_of
 from offload_layers._find import find_layers
 from offload_layers._manage import nbytes_on
-from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 WIDTH = 32
@@ -292,21 +292,12 @@ def under_one_name() -> CountingSource:
     return CountingSource({name: t for name, t in plain().state_dict().items() if name != "head.weight"})
 
 
-def with_books_of_its_own(handle: Offloaded) -> Budget:
-    """Let no other model of this process share the limit."""
-    budget = Budget(torch.device("cpu"))
-    for residency in residencies(handle.model):
-        residency.own_budget = budget
-        budget.register(residency)
-    return budget
-
-
 @pytest.mark.parametrize("less", [0, 1])
 def test_what_layers_share_takes_memory_once(less: int) -> None:
     net = plain()
     nbytes = sum(p.nbytes for p in net.parameters())
     handle = offload(skeleton(), device="cpu", ram=nbytes - less, source=under_one_name())
-    budget = with_books_of_its_own(handle)
+    budget = with_own_budget(handle.model)
     for _ in range(3):
         assert torch.equal(handle(IDS), net(IDS))
     layers = residencies(handle.model)
@@ -319,7 +310,7 @@ def test_what_layers_share_takes_memory_once(less: int) -> None:
 @pytest.mark.parametrize("first", ["embedding", "head"])
 def test_a_copy_that_layers_share_is_paid_for_until_the_last_one_leaves(first: str) -> None:
     handle = offload(skeleton(), device="cpu", ram="1GB", source=under_one_name())
-    budget = with_books_of_its_own(handle)
+    budget = with_own_budget(handle.model)
     handle(IDS)
     layers = {layer.name: layer for layer in residencies(handle.model)}
     nbytes, everything = plain().head.weight.nbytes, budget.statistics().lent_nbytes

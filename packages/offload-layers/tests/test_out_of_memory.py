@@ -11,10 +11,9 @@ from offload_layers import (
     State,
     enable_vram_management,
 )
-from offload_layers._budget import Budget
 from offload_layers._device import OutOfMemory
 from offload_layers._placement import GIB
-from offload_layers.testing import CountingSource, assert_invariants, residencies
+from offload_layers.testing import CountingSource, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 RESTING = ("offload", "onload", "preparing")
@@ -122,10 +121,7 @@ def test_who_had_to_leave_comes_back_in_the_next_forward_only() -> None:
     source = CountingSource(before.state_dict())
     model: Any = enable_vram_management(make(), faces, PREPARING, limit, source)
     layers = residencies(model)
-    budget = Budget(torch.device("cpu"))
-    for layer in layers:
-        layer.own_budget = budget
-        budget.register(layer)
+    budget = with_own_budget(model)
     assert torch.equal(model(X), before(X))
     model[3].others = [model[0], model[1], model[2], model[4]]
     for _ in range(3):

@@ -8,7 +8,7 @@ import torch
 from offload_layers import AutoWrappedModule, BudgetExceededError, State, enable_vram_management
 from offload_layers._budget import Budget
 from offload_layers._placement import GIB
-from offload_layers.testing import CountingSource, FakeDevice
+from offload_layers.testing import CountingSource, FakeDevice, with_own_budget
 from torch import Tensor, nn
 
 LAYERS = 12
@@ -68,15 +68,12 @@ def managed(
     limit: float | None,
     also: int = 0,
     source: CountingSource | None = None,
-    budget: Budget | None = None,
 ) -> Any:
     model = plain(device, seconds, also)
     source = source or CountingSource(model.state_dict())
     enable_vram_management(model, {Layer: AutoWrappedModule}, config, limit, source)
-    budget = budget or Budget(torch.device("cpu"))  # that no other model of this process shares
+    with_own_budget(model)
     for layer in model:
-        layer._owner().own_budget = budget
-        budget.register(layer._owner())
         layer.before.append(layer._owner().schedule.prefetcher.settle)
     return model
 
@@ -261,8 +258,9 @@ def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) 
 
 def two(device: FakeDevice, config: dict[str, Any], layers: int) -> tuple[Any, Any]:
     """Return two models that share the room for so many layers."""
-    budget, limit, seconds = Budget(torch.device("cpu")), limit_for(layers * NBYTES), [COPY_S] * LAYERS
-    first, second = (managed(device, seconds, config, limit, budget=budget) for _ in range(2))
+    limit, seconds = limit_for(layers * NBYTES), [COPY_S] * LAYERS
+    first, second = (managed(device, seconds, config, limit) for _ in range(2))
+    with_own_budget(first, second)
     return first, second
 
 

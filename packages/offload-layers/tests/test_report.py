@@ -19,9 +19,9 @@ from offload_layers import (
     report,
     reset_counters,
 )
-from offload_layers._budget import IN_FLIGHT, Budget
+from offload_layers._budget import IN_FLIGHT
 from offload_layers._placement import GIB
-from offload_layers.testing import CountingSource, FakeDevice, residencies
+from offload_layers.testing import CountingSource, FakeDevice, residencies, with_own_budget
 from torch import Tensor, nn
 
 LAYERS = 6
@@ -179,10 +179,9 @@ def test_what_was_read_is_known() -> None:
 def test_residents_are_on_the_device() -> None:
     model = managed(PREPARING)
     limit = 5 * STAGED_NBYTES / GIB
-    budget = Budget(torch.device("cpu"))
+    with_own_budget(model)
     for layer in model:
-        layer.vram_limit, layer._owner().own_budget = limit, budget
-        budget.register(layer._owner())
+        layer.vram_limit = limit
     for _ in range(3):
         model(X)
     found = report(model)

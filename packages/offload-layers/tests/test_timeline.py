@@ -19,10 +19,9 @@ from offload_layers import (
     recording,
     report,
 )
-from offload_layers._budget import Budget
 from offload_layers._placement import GIB
 from offload_layers._timeline import _Memory
-from offload_layers.testing import CountingSource, FakeDevice, residencies
+from offload_layers.testing import CountingSource, FakeDevice, residencies, with_own_budget
 from torch import Tensor, nn
 
 LAYERS = 8
@@ -56,10 +55,7 @@ def managed(model: nn.Module, config: dict[str, Any] = DISK, limit_nbytes: int |
     limit = None if limit_nbytes is None else limit_nbytes / GIB
     faces = {nn.Linear: AutoWrappedLinear, Block: AutoWrappedNonRecurseModule}
     enable_vram_management(model, faces, config, limit, CountingSource(model.state_dict()))
-    budget = Budget(torch.device("cpu"))  # that no other model of this process shares
-    for residency in residencies(model):
-        residency.own_budget = budget
-        budget.register(residency)
+    with_own_budget(model)
     return model
 
 

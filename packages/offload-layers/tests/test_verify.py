@@ -19,9 +19,8 @@ from offload_layers import (
     enable_vram_management,
     verify,
 )
-from offload_layers._budget import Budget
 from offload_layers._twin import Twin
-from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 WIDTH = 16
@@ -467,10 +466,7 @@ def test_nothing_compared_is_not_equal() -> None:
 def test_one_twin_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
     enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, DISK, None, Lying(model))
-    budget = Budget(torch.device("cpu"))
-    for residency in residencies(model):
-        residency.own_budget = budget
-        budget.register(residency)
+    budget = with_own_budget(model)
     model(X)
     model(X)
     residencies(model)[0].schedule.forget()  # type: ignore[union-attr]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from offload_layers import AutoWrappedLinear, enable_vram_management
-from offload_layers._budget import Budget, budget_of
-from offload_layers.testing import CountingSource, assert_invariants, residencies
+from offload_layers._budget import budget_of
+from offload_layers.testing import CountingSource, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 WIDTH, LAYERS = 8, 3
@@ -382,10 +382,7 @@ def staying(source: Mapping[str, Tensor], *, room: float, **settings: Any) -> An
     model = enable_vram_management(
         deep(), {nn.Linear: AutoWrappedLinear}, config, room * NBYTES / 1024**3, source
     )
-    budget = Budget(CPU)
-    for residency in residencies(model):
-        residency.own_budget = budget
-        budget.register(residency)
+    with_own_budget(model)
     return model
 
 

@@ -236,6 +236,16 @@ def residencies(model: nn.Module) -> list[Residency]:
     return [layer._owner() for layer in layers]
 
 
+def with_own_budget(*models: nn.Module) -> Budget:
+    """Give *models* one budget that no other model of this process shares, and return it."""
+    layers = [residency for model in models for residency in residencies(model)]
+    budget = Budget(layers[0].policy.computation.device)
+    for residency in layers:
+        residency.own_budget = budget
+        budget.register(residency)
+    return budget
+
+
 def assert_invariants(model: nn.Module, budget: Budget | None = None) -> None:
     """Raise ``AssertionError`` unless every resting layer of *model* is what its state says.
 
