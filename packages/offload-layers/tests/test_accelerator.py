@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from offload_layers import _device
-from offload_layers._device import Accelerator
+from offload_layers._device import Accelerator, InUse
 
 
 class Stream:
@@ -137,7 +137,7 @@ class FakeMemoryModule(FakeModule):
     """As ``torch.cuda``: torch holds 300 of 1,000 bytes and uses 200 of them, others have taken 50."""
 
     asked = 0
-    available = True
+    available, ever = True, 0
 
     @classmethod
     def is_available(cls) -> bool:
@@ -168,14 +168,14 @@ class FakeMemoryModule(FakeModule):
 class NestedMemoryModule(FakeMemoryModule):
     """One that tells everything at once, as ``torch.cuda`` and ``torch.xpu`` do."""
 
-    is_used = True
+    is_used, ever = True, 900
 
     @classmethod
     def memory_stats_as_nested_dict(cls, device: torch.device) -> dict[str, Any]:
         if not cls.is_used:
             return {}
         return {
-            "allocated_bytes": {"all": {"current": 200, "peak": 250}},
+            "allocated_bytes": {"all": {"current": 200, "peak": 250, "allocated": cls.ever}},
             "reserved_bytes": {"all": {"current": 300, "peak": 300}},
         }
 
@@ -189,10 +189,10 @@ def test_what_is_in_use(module: Any, accelerator: Accelerator, monkeypatch: pyte
     now = 0.0
     monkeypatch.setattr(_device.time, "monotonic", lambda: now)
     for now in (100.0, 100.0 + _device._DRIVER_S / 2):  # noqa: B007 - monotonic reads it
-        assert accelerator.in_use() == (50 + 200, 50 + 250)
+        assert accelerator.in_use() == InUse(200, 250, module.ever, 50)
         assert module.asked == 1
     accelerator.release_cached()
-    assert accelerator.in_use() == (50 + 200, 50 + 250)
+    assert accelerator.in_use() == InUse(200, 250, module.ever, 50)
     assert module.asked == 2
     now += _device._DRIVER_S
     accelerator.in_use()
@@ -202,7 +202,7 @@ def test_what_is_in_use(module: Any, accelerator: Accelerator, monkeypatch: pyte
 def test_a_device_that_was_not_used_yet(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_module", NestedMemoryModule)
     monkeypatch.setattr(NestedMemoryModule, "is_used", False)
-    assert accelerator.in_use() == (350, 350)
+    assert accelerator.in_use() == InUse(0, 0, 0, 350)
 
 
 def test_a_device_that_does_not_tell(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,4 +210,13 @@ def test_a_device_that_does_not_tell(accelerator: Accelerator, monkeypatch: pyte
     assert accelerator.in_use() is None
     monkeypatch.setattr(accelerator, "_module", FakeMemoryModule)
     monkeypatch.setattr(FakeMemoryModule, "available", False)
+    assert accelerator.in_use() is None
+
+
+def test_a_driver_that_cannot_tell(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("The device doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(accelerator, "_module", FakeMemoryModule)
+    monkeypatch.setattr(FakeMemoryModule, "mem_get_info", fail)
     assert accelerator.in_use() is None

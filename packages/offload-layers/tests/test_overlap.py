@@ -8,7 +8,7 @@ import torch
 from offload_layers import AutoWrappedModule, BudgetExceededError, State, enable_vram_management
 from offload_layers._budget import Budget
 from offload_layers._placement import GIB
-from offload_layers.testing import CountingSource, FakeDevice, with_own_budget
+from offload_layers.testing import CountingSource, FakeDevice, assert_invariants, with_own_budget
 from torch import Tensor, nn
 
 LAYERS = 12
@@ -239,6 +239,55 @@ def test_what_is_known_beforehand_counts_from_the_first_forward_on(device: FakeD
         del model
     assert peaks[0] > limit  # the last layer is the first to tell
     assert peaks[1] <= limit
+
+
+def test_what_was_on_the_device_earlier_hides_nothing_and_is_not_learned(device: FakeDevice) -> None:
+    seconds = [COPY_S] * LAYERS
+    limit = 9 * NBYTES
+    device.peak_nbytes = 100 * NBYTES  # of a model that is gone
+    model = managed(device, seconds, PREPARING, limit_for(limit), also=3 * 1000)
+    taken = 0
+
+    def look() -> None:
+        nonlocal taken
+        taken = max(taken, device.used_nbytes)
+
+    for layer in model:
+        layer.before.append(look)
+    for _ in range(4):
+        device.others_nbytes += 1  # a driver's word on others is never the same
+        assert torch.equal(model(X), expected(seconds))
+    assert [layer._owner().resident for layer in model].count(True) == 3  # one byte less than room for four
+    assert taken + 3 * NBYTES <= limit
+
+
+def test_room_that_others_had_for_a_while_comes_back(device: FakeDevice) -> None:
+    model = managed(device, [COPY_S] * LAYERS, PREPARING, limit_for(9 * NBYTES))
+    residents = []
+    for others in (0, 0, 5, 5, 0, 0):
+        device.others_nbytes = others * NBYTES
+        model(X)
+        residents.append([layer._owner().resident for layer in model].count(True))
+    assert residents[1] == residents[-1] == 7
+    assert residents[3] == 2
+
+
+@pytest.mark.parametrize("moment", ["begin", "end"])
+def test_a_driver_that_fails_leaves_no_layer_in_use(device: FakeDevice, moment: str) -> None:
+    model = managed(device, [COPY_S] * LAYERS, DISK, limit_for(9 * NBYTES))
+    model(X)
+    layer = model[3]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the driver is gone")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layer._owner().schedule.beside, moment, fail)
+        with pytest.raises(RuntimeError, match="the driver is gone"):
+            layer(X)
+    layer._owner().schedule.forget()
+    assert_invariants(model, layer._owner().budget)
+    assert torch.equal(model(X), expected([COPY_S] * LAYERS))
 
 
 def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) -> None:

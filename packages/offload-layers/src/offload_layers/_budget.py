@@ -52,10 +52,11 @@ class BudgetStatistics:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a device says of its memory, and what its budget has lent of it, in bytes."""
+    """What this process' tensors take of a device, as in ``InUse``, and what its budget has lent, in bytes."""
 
     nbytes: int
     peak_nbytes: int
+    ever_nbytes: int
     lent_nbytes: int
 
 
@@ -91,6 +92,7 @@ class Budget:
         self._lock = threading.Lock()
         self._books = Books()
         self._refusals = 0
+        self._others_nbytes = 0  # what other programs have of the device, when it was last asked
 
     @property
     def _memory(self) -> Memory:
@@ -107,7 +109,7 @@ class Budget:
             self._books.collect()
             if limit is not None:
                 ahead = self._books.lent - self._books.staying
-                if not self._fits(nbytes, borrower, borrower.beside_nbytes, limit=limit, ahead=ahead):
+                if not self._fits(nbytes, borrower, limit=limit, ahead=ahead):
                     self._refusals += 1
                     return None
             return self._lend(borrower, nbytes, is_resident=True)
@@ -120,9 +122,7 @@ class Budget:
             if entry.is_resident:
                 return True
             if limit is not None:
-                borrower = entry.borrower()
-                beside = 0 if borrower is None else borrower.beside_nbytes
-                if not self._fits(entry.nbytes, borrower, beside, limit=limit):
+                if not self._fits(entry.nbytes, entry.borrower(), limit=limit):
                     return False
             self._books.keep(lease._key)
             return True
@@ -134,7 +134,7 @@ class Budget:
         for the borrower's own goes last: it will be used next, unless layers are called in another order.
         """
         if limit is not None:
-            most = limit - nbytes - borrower.beside_nbytes
+            most = limit - nbytes - self._beside(borrower)
 
             def is_enough() -> bool:
                 return self._books.lent <= most
@@ -159,7 +159,7 @@ class Budget:
         """Lend *nbytes* for a layer that will compute soon, or return None when they do not fit now."""
         with self._lock:
             self._books.collect()
-            beside = borrower.beside_nbytes
+            beside = self._beside(borrower)
             if limit is not None and self._books.lent + max(self._foreign(), beside) + nbytes > limit:
                 return None
             return self._lend(borrower, nbytes, is_resident=False)
@@ -172,7 +172,7 @@ class Budget:
         Returns:
             Whether anything was given back.
         """
-        most = limit - nbytes - borrower.beside_nbytes
+        most = limit - nbytes - self._beside(borrower)
         with self._lock:
             self._books.collect()
             before = self._books.lent
@@ -189,28 +189,29 @@ class Budget:
 
     def keep_under(self, limit: int, borrower: Borrower) -> None:
         """Make residents leave until *limit* holds with what was learned of *borrower*'s computations."""
-        most = limit - borrower.beside_nbytes
+        most = limit - self._beside(borrower)
         self._ask_to_leave(borrower, lambda: self._books.staying + self._books.headroom(IN_FLIGHT) <= most)
 
     def usage(self) -> Usage:
         """Return what the device says now; all zero where it cannot tell."""
         with self._lock:
             self._books.collect()
-            in_use = self._memory.in_use() or InUse(0, 0)
-            return Usage(in_use.nbytes, in_use.peak_nbytes, self._books.lent)
+            in_use = self._in_use()
+            return Usage(in_use.nbytes, in_use.peak_nbytes, in_use.ever_nbytes, self._books.lent)
 
     def room(self, borrowers: Sequence[Borrower], *, limit: int) -> int:
         """Return the bytes in which *borrowers* may stay, all together."""
         with self._lock:
             self._books.collect()
             theirs = {id(borrower) for borrower in borrowers}
-            beside = max((borrower.beside_nbytes for borrower in borrowers), default=0)
+            foreign = self._foreign()
+            beside = max((self._beside(borrower) for borrower in borrowers), default=0)
             others = sum(
                 entry.nbytes
                 for entry in self._books.entries.values()
                 if entry.is_resident and id(entry.borrower()) not in theirs
             )
-            return max(0, limit - self._books.headroom(IN_FLIGHT) - max(self._foreign(), beside) - others)
+            return max(0, limit - self._books.headroom(IN_FLIGHT) - max(foreign, beside) - others)
 
     def demote_all(self) -> int:
         """Ask every resident to leave, e.g. after an allocation has failed; return how many did."""
@@ -308,18 +309,26 @@ class Budget:
             if resident is not borrower and resident.try_demote() and self._is_so(is_enough):
                 return
 
-    def _fits(
-        self, nbytes: int, borrower: Borrower | None, beside: int, *, limit: int, ahead: int = 0
-    ) -> bool:
+    def _fits(self, nbytes: int, borrower: Borrower | None, *, limit: int, ahead: int = 0) -> bool:
         """Say whether so many bytes may stay beside the residents, and those who pass have room still."""
         stay = self._books.staying + nbytes + max(self._books.headroom(IN_FLIGHT, borrower), ahead)
+        beside = 0 if borrower is None else self._beside(borrower)
         # the driver is asked last: it is slow, and our own books refuse most requests
         return stay + beside <= limit and stay + self._foreign() <= limit
 
     def _foreign(self) -> int:
         """Return the bytes of the device that are taken, but not by what this budget has lent."""
-        in_use = self._memory.in_use()
-        return 0 if in_use is None else max(0, in_use.nbytes - self._books.lent)
+        in_use = self._in_use()
+        return max(0, in_use.nbytes + in_use.others_nbytes - self._books.lent)
+
+    def _beside(self, borrower: Borrower) -> int:
+        """Return the bytes that are not for weights while the model of *borrower* computes."""
+        return borrower.beside_nbytes + self._others_nbytes
+
+    def _in_use(self) -> InUse:
+        in_use = self._memory.in_use() or InUse(0, 0)
+        self._others_nbytes = in_use.others_nbytes
+        return in_use
 
     def _lend(self, borrower: Borrower, nbytes: int, *, is_resident: bool) -> Lease:
         return Lease(self, self._books.lend(borrower, nbytes, is_resident=is_resident), nbytes)

@@ -55,22 +55,27 @@ _CALLERS = 64
 
 
 class InUse(NamedTuple):
-    """What is taken of a device's memory.
+    """What is taken of a device's memory, in bytes.
 
     Attributes:
-        nbytes: Now.
-        peak_nbytes: At most up to now.
+        nbytes: By this process' tensors now.
+        peak_nbytes: By them at most, in all the time that the process has run.
+        ever_nbytes: All that they were ever given, what was given back included; 0 where that is unknown.
+        others_nbytes: By anyone else, as the driver said lately.
     """
 
     nbytes: int
     peak_nbytes: int
+    ever_nbytes: int = 0
+    others_nbytes: int = 0
 
 
 class _ByTorch(NamedTuple):
-    """Bytes of torch's caching allocator: of tensors now and at most, and with what is only cached."""
+    """Bytes of torch's caching allocator: of tensors now, at most and ever, and with what is only cached."""
 
     allocated: int
     peak: int
+    ever: int
     reserved: int
 
 
@@ -216,11 +221,14 @@ class Accelerator:
         if now >= self._ask_driver_at:
             if not self._module.is_available() or not hasattr(self._module, "mem_get_info"):
                 return None
-            free, total = self._module.mem_get_info(self._device)
-            self._others_nbytes = int(total - free - self._by_torch().reserved)
+            try:
+                free, total = self._module.mem_get_info(self._device)
+            except RuntimeError:  # some drivers, such as those of processors with graphics, do not tell
+                return None
+            self._others_nbytes = max(0, int(total - free - self._by_torch().reserved))
             self._ask_driver_at = now + _DRIVER_S
         by_torch = self._by_torch()
-        return InUse(self._others_nbytes + by_torch.allocated, self._others_nbytes + by_torch.peak)
+        return InUse(by_torch.allocated, by_torch.peak, by_torch.ever, self._others_nbytes)
 
     def _by_torch(self) -> "_ByTorch":
         """Return what torch's caching allocator holds, in the fastest way: this is asked for each layer."""
@@ -228,12 +236,13 @@ class Accelerator:
         if hasattr(module, "memory_stats_as_nested_dict"):
             stats = module.memory_stats_as_nested_dict(device)
             if not stats:  # the device was not used yet
-                return _ByTorch(0, 0, 0)
+                return _ByTorch(0, 0, 0, 0)
             allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
-            return _ByTorch(allocated["current"], allocated["peak"], reserved["current"])
+            ever = allocated.get("allocated", 0)
+            return _ByTorch(allocated["current"], allocated["peak"], ever, reserved["current"])
         now = module.memory_allocated(device)
         peak = module.max_memory_allocated(device) if hasattr(module, "max_memory_allocated") else now
-        return _ByTorch(now, peak, module.memory_reserved(device))
+        return _ByTorch(now, peak, 0, module.memory_reserved(device))
 
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""

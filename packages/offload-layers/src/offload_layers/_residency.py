@@ -74,14 +74,23 @@ class Residency(Owning):
                     if staged is not None:
                         weight.expose(staged)
         if schedule is not None and self.limit is not None:
-            schedule.beside.begin(self, self.budget)
+            try:
+                schedule.beside.begin(self, self.budget)
+            except BaseException:  # of a driver
+                self._leave(calls)
+                raise
 
     @uncompiled
     def leave(self, calls: bool = True) -> None:
         """End what ``enter`` began."""
         schedule, limit = self.schedule, self.limit
-        if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
-            self.budget.keep_under(limit, self)
+        try:
+            if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
+                self.budget.keep_under(limit, self)
+        finally:
+            self._leave(calls)
+
+    def _leave(self, calls: bool) -> None:
         with self._lock:
             self._users -= 1
             self._callers -= calls

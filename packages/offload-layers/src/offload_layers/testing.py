@@ -98,7 +98,8 @@ class FakeDevice:
         bytes_per_s: Speed of its bus.
 
     Attributes:
-        used_nbytes, peak_nbytes: Of its memory, now and at most.
+        used_nbytes, peak_nbytes, ever_nbytes: Of its memory, now, at most, and all that was ever given out.
+        others_nbytes: Of its memory, what other programs have.
         copied_nbytes: Bytes that have crossed the bus.
     """
 
@@ -108,7 +109,8 @@ class FakeDevice:
     def __init__(self, *, nbytes: int | None = None, bytes_per_s: float = 1e9) -> None:
         self.nbytes = nbytes
         self.bytes_per_s = bytes_per_s
-        self.used_nbytes = self.peak_nbytes = self.copied_nbytes = 0
+        self.used_nbytes = self.peak_nbytes = self.ever_nbytes = self.copied_nbytes = 0
+        self.others_nbytes = 0
         self._computing_s = self._copying_s = 0.0
         self._copies: deque[tuple[weakref.ref[_Block], torch.dtype, Tensor]] = deque()
         self._copies_begun = self._copies_done = 0
@@ -132,8 +134,8 @@ class FakeDevice:
         return self._computing_s
 
     def in_use(self) -> InUse:
-        """Return ``used_nbytes`` and ``peak_nbytes``."""
-        return InUse(self.used_nbytes, self.peak_nbytes)
+        """Return what the attributes say."""
+        return InUse(self.used_nbytes, self.peak_nbytes, self.ever_nbytes, self.others_nbytes)
 
     def release_cached(self) -> None:
         """Do nothing: what is dropped is free at once."""
@@ -155,6 +157,7 @@ class FakeDevice:
                 raise OutOfMemory(f"{nbytes} bytes asked for, {self.nbytes - self.used_nbytes} free.")
             block = _Block(max(1, nbytes))
             self.used_nbytes += nbytes
+            self.ever_nbytes += nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
             weakref.finalize(block, self._freed, nbytes)
             there = block.holding(tensor.shape, dtype)
