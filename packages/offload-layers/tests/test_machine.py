@@ -8,7 +8,15 @@ import pytest
 import torch
 from offload_layers import ConfigError
 from offload_layers._cgroup import cpu_quota, memory_left, memory_limit
-from offload_layers._machine import AUTO_SHARE, available_ram, free_vram, total_ram, total_vram, vram_limit
+from offload_layers._machine import (
+    AUTO_SHARE,
+    available_ram,
+    foreign_nbytes,
+    free_vram,
+    total_ram,
+    total_vram,
+    vram_limit,
+)
 
 GB = 10**9
 V2 = "30 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -274,6 +282,22 @@ def test_the_weights_that_a_model_has_on_the_device_are_no_others(monkeypatch: p
     assert vram_limit("auto", device, 0, held=0) == 2 * GB + int(AUTO_SHARE * 6 * GB)
     assert vram_limit("auto", device, 0, held=GB) == 1 * GB + int(AUTO_SHARE * 7 * GB)
     assert vram_limit("3GB", device, 0, held=GB) == 3 * GB
+
+
+def test_what_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:1")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
+    assert foreign_nbytes(device, held=GB) == 1 * GB
+    assert foreign_nbytes(torch.device("cpu"), held=0) == 0
+
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("The device doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(FakeModule, "mem_get_info", fail)
+    assert foreign_nbytes(device, held=GB) == 0
+    assert vram_limit("3GB", device, 0, held=GB) == 3 * GB
+    with pytest.raises(ConfigError, match=r'pass its size, as in vram="8GB"$'):
+        vram_limit("auto", device, 0, held=GB)
 
 
 @pytest.mark.cuda

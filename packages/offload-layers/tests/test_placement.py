@@ -85,6 +85,11 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings: dict[str, obje
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("name", ["mps", "mps:0"])
+def test_a_device_is_named_as_its_tensors_name_it(name: str) -> None:
+    assert parse_device(name) == torch.device("mps", 0)
+
+
 def test_an_unknown_device_is_refused_with_torchs_reason() -> None:
     with pytest.raises(ConfigError, match=r"offload_device 'gpu' is no device that torch knows: .*gpu"):
         Policy.from_config({"offload_device": "gpu", "computation_device": "cpu"})

@@ -52,7 +52,7 @@ class BudgetStatistics:
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process' tensors take of a device, as in ``InUse``, and what its budget has lent, in bytes."""
+    """What this process' tensors take of a device, as in ``InUse``, and what is lent of it, in bytes."""
 
     nbytes: int
     peak_nbytes: int
@@ -121,9 +121,8 @@ class Budget:
             entry = self._books.entries[lease._key]
             if entry.is_resident:
                 return True
-            if limit is not None:
-                if not self._fits(entry.nbytes, entry.borrower(), limit=limit):
-                    return False
+            if limit is not None and not self._fits(entry.nbytes, entry.borrower(), limit=limit):
+                return False
             self._books.keep(lease._key)
             return True
 

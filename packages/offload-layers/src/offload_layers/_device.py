@@ -331,8 +331,7 @@ def default_device() -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not accelerator.is_available():
         return torch.device("cpu")
-    kind = accelerator.current_accelerator().type
-    return torch.device(kind) if kind == "mps" else torch.device(kind, 0)
+    return torch.device(accelerator.current_accelerator().type, 0)
 
 
 def describe(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from offload_layers._manage import move_buffers, nbytes_on
 from offload_layers._placement import parse_device
 from offload_layers._plan import Plan
 from offload_layers._presented import end_presenting, present
+from offload_layers._probe import waiting
 from offload_layers._progress import watched
 from offload_layers._replace import disable_vram_management
 from offload_layers._report import report
@@ -43,8 +44,7 @@ class Offloaded:
         """Run the model, and take the time until its device is done."""
         start = time.perf_counter()
         output = self.model(*args, **kwargs)
-        if self.plan.device.type != "cpu":
-            torch.get_device_module(self.plan.device).synchronize(self.plan.device)
+        waiting(self.plan.device)()
         self._forward_s = time.perf_counter() - start
         return output
 

@@ -46,6 +46,20 @@ def total_ram(root: Path = Path("/")) -> int | None:
     return _sysconf_pages("SC_PHYS_PAGES") if total is None else total
 
 
+class UnknownMemoryError(ConfigError):
+    """A driver does not tell how much memory its device has."""
+
+
+def foreign_nbytes(device: torch.device, *, held: int) -> int:
+    """Return what is taken of *device* apart from *held* bytes; 0 where its driver does not tell."""
+    if device.type == "cpu":
+        return 0
+    try:
+        return total_vram(device) - free_vram(device) - held
+    except UnknownMemoryError:
+        return 0
+
+
 def total_vram(device: torch.device) -> int:
     """Return the bytes of memory of *device*.
 
@@ -101,12 +115,16 @@ def vram_limit(vram: Size, device: torch.device, ram: int, *, held: int) -> int:
 def _mem_get_info(device: torch.device) -> tuple[int, int]:
     check_is_there(device)
     module: Any = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
-        raise ConfigError(
-            f'{device} has no memory of its own that its driver tells of; pass its size, as in vram="8GB"'
-        )
-    free, total = module.mem_get_info(device)
-    return int(free), int(total)
+    error = None
+    try:
+        if hasattr(module, "mem_get_info"):
+            free, total = module.mem_get_info(device)
+            return int(free), int(total)
+    except RuntimeError as raised:  # some drivers, such as those of processors with graphics, do not tell
+        error = raised
+    raise UnknownMemoryError(
+        f'{device} has no memory of its own that its driver tells of; pass its size, as in vram="8GB"'
+    ) from error
 
 
 def _meminfo(root: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ from offload_layers._headers import find_files
 from offload_layers._layer_sizes import LayerSize, sizes_of, sizes_of_files, sizes_of_mapping
 from offload_layers._layers import AutoTorchModule
 from offload_layers._lora import LoRAHotLoadMixin
-from offload_layers._machine import AUTO_SHARE, Size, available_ram, free_vram, total_vram, vram_limit
+from offload_layers._machine import AUTO_SHARE, Size, available_ram, foreign_nbytes, vram_limit
 from offload_layers._manage import check_buffers, load_unmanaged, move_buffers, nbytes_on
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import DISK, Placement, Policy, check_keeps_values, parse_device
@@ -265,7 +265,6 @@ def _plan(
 ) -> Plan:
     host = held.on_host + int(AUTO_SHARE * available_ram()) if ram == "auto" else parse_size(ram, what="ram")
     limit = vram_limit(vram, device, host, held=held.on_device)
-    foreign = 0 if device.type == "cpu" else total_vram(device) - free_vram(device) - held.on_device
     return make_plan(
         sizes,
         device=device,
@@ -273,7 +272,7 @@ def _plan(
         ram=host,
         rows=rows,
         rates=rates,
-        foreign_nbytes=foreign,
+        foreign_nbytes=foreign_nbytes(device, held=held.on_device),
         fetches_ahead=fetches_ahead,
         work=work,
     )

@@ -163,8 +163,10 @@ def parse_device(device: object, *, setting: str = "device") -> torch.device:
         raise ConfigError(f"{setting} {device!r} is no device that torch knows: {reason}") from error
     if parsed.type == "meta":
         raise ConfigError(f'{setting} is "meta", which holds no values; to keep weights on disk write "disk"')
-    if parsed.type in ("cpu", "mps"):
-        return torch.device(parsed.type)
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type == "mps":  # there is one, and tensors there name its index
+        return torch.device("mps", 0)
     if parsed.index is None:
         try:
             module = torch.get_device_module(parsed)
