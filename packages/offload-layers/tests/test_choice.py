@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from offload_layers._choice import Demand, choose_residents
+from offload_layers._choice import Demand, adapt_residents, choose_residents
 
 
 def chosen(sizes: list[int], work: list[float], room: int, window: int = 20) -> list[int]:
@@ -40,6 +40,37 @@ def test_layers_with_much_to_move_and_little_to_compute_stay() -> None:
 def test_without_any_work_the_bytes_decide() -> None:
     assert len(chosen([10] * 8, [0.0] * 8, room=40)) == 4
     assert len(chosen([10] * 8, [0.0] * 7 + [1.0], room=20)) == 2
+
+
+def test_those_on_disk_stay_first() -> None:
+    demands = [Demand(10, 1.0, is_from_disk=index % 3 == 0) for index in range(12)]
+    on_disk = {0, 3, 6, 9}
+    assert choose_residents(demands, room=20, window=20) < on_disk
+    assert choose_residents(demands, room=40, window=20) == on_disk
+    more = choose_residents(demands, room=60, window=20)
+    assert more > on_disk
+    assert len(more) == 6
+    assert choose_residents(demands, room=120, window=20) == set(range(12))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 50)), min_size=2, max_size=12),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_a_little_more_or_less_room_moves_few(
+    layers: list[tuple[int, int]], share: float, then: float
+) -> None:
+    demands = [Demand(nbytes, work) for nbytes, work in layers]
+    room, later = (int(part * sum(nbytes for nbytes, _ in layers)) for part in (share, then))
+    before = choose_residents(demands, room=room, window=20)
+    after = adapt_residents(before, demands, room=later, window=20)
+    assert sum(demands[index].nbytes for index in after) <= later
+    if sum(demands[index].nbytes for index in before) <= later:
+        assert after >= before
+    left = later - sum(demands[index].nbytes for index in after)
+    assert all(demands[index].nbytes > left for index in set(range(len(demands))) - after)
+    assert adapt_residents(after, demands, room=later, window=20) == after
 
 
 def demanded_pace(sizes: list[int], work: list[float], stay: set[int], window: int) -> float:

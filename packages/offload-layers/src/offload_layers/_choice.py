@@ -9,6 +9,7 @@ more than fetching deeper ahead (sglang issue 31538: 36.7 s against 56.1 s).
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 _ENDLESS = 1e30
@@ -22,10 +23,12 @@ class Demand:
     Attributes:
         nbytes: Bytes that cross the bus if the layer does not stay.
         work: Computation that can hide them, in any unit that is the same for all layers.
+        is_from_disk: Whether they are then read from disk first.
     """
 
     nbytes: int
     work: float
+    is_from_disk: bool = False
 
 
 def choose_residents(demands: Sequence[Demand], *, room: int, window: int) -> frozenset[int]:
@@ -38,6 +41,13 @@ def choose_residents(demands: Sequence[Demand], *, room: int, window: int) -> fr
     """
     if sum(demand.nbytes for demand in demands) <= room:
         return frozenset(range(len(demands)))
+    on_disk = {index for index, demand in enumerate(demands) if demand.is_from_disk}
+    if 0 < len(on_disk) < len(demands):  # the disk is slower than the bus: those come first
+        first = _choose_among(on_disk, demands, room, window)
+        if first < on_disk:
+            return _fill(demands, set(first), room)
+        others = set(range(len(demands))) - on_disk
+        return first | _choose_among(others, demands, room - _bytes_of(demands, on_disk), window)
     window = max(window, *(demand.nbytes for demand in demands))  # any layer must pass
     work = sum(demand.work for demand in demands)
     if work <= 0:
@@ -55,6 +65,23 @@ def choose_residents(demands: Sequence[Demand], *, room: int, window: int) -> fr
         else:
             high = pace
     return _fill(demands, _needed(demands, high, window), room)
+
+
+def adapt_residents(
+    residents: AbstractSet[int], demands: Sequence[Demand], *, room: int, window: int
+) -> frozenset[int]:
+    """Return *residents* with as few changes as *room* asks for: each one is a layer to be moved."""
+    if _bytes_of(demands, residents) > room:
+        residents = _choose_among(residents, demands, room, window)
+    return _fill(demands, set(residents), room)
+
+
+def _choose_among(
+    indices: AbstractSet[int], demands: Sequence[Demand], room: int, window: int
+) -> frozenset[int]:
+    """Choose from those at *indices* only."""
+    theirs = [Demand(d.nbytes if index in indices else 0, d.work) for index, d in enumerate(demands)]
+    return choose_residents(theirs, room=room, window=window) & indices
 
 
 def _needed(demands: Sequence[Demand], pace: float, window: int) -> set[int]:
@@ -96,5 +123,5 @@ def _fill(demands: Sequence[Demand], residents: set[int], room: int) -> frozense
         left -= demands[farthest].nbytes
 
 
-def _bytes_of(demands: Sequence[Demand], indices: set[int]) -> int:
+def _bytes_of(demands: Sequence[Demand], indices: AbstractSet[int]) -> int:
     return sum(demands[index].nbytes for index in indices)

@@ -115,6 +115,11 @@ class Resting:
         return self.own_budget if self.own_budget is not None else budget_of(self.policy.computation.device)
 
     @property
+    def passes_from_disk(self) -> bool:
+        """Whether the weights are read from disk whenever the layer does not stay."""
+        return self.policy.onload.is_disk
+
+    @property
     def beside_nbytes(self) -> int:
         """What computations of its model were seen to take of the device beside weights."""
         return 0 if self.schedule is None else self.schedule.beside.nbytes

@@ -19,7 +19,7 @@ from typing import Protocol
 from offload_layers._beside import Beside
 from offload_layers._books import Borrower
 from offload_layers._budget import Budget
-from offload_layers._choice import Demand, choose_residents
+from offload_layers._choice import Demand, adapt_residents, choose_residents
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
 from offload_layers._shared import SharedCopies
@@ -39,6 +39,10 @@ class Staying(Borrower, Protocol):
 
     resident: bool
     limit: int | None
+
+    @property
+    def passes_from_disk(self) -> bool:
+        """Whether its weights are read from disk whenever it does not stay."""
 
     @property
     def budget(self) -> Budget:
@@ -93,7 +97,7 @@ class Schedule:
         self._is_complete = False  # no layer was new since one was called again
         self._is_short = False  # a layer was refused: not all can stay
         self._chosen: frozenset[weakref.ref[Scheduled]] = frozenset()
-        self._chosen_for: tuple[int, int] = (-1, -1)  # for which room, and how many layers
+        self._chosen_for = -1  # for which room
         self._settled = 0  # when it was decided who should stay
         self._settled_for: tuple[int | None, int] = (-1, -1)  # for which limit, and how many layers
 
@@ -220,11 +224,12 @@ class Schedule:
             return False
         if self._settled_for == (limit, layers) and self._round_began < self._settled:
             return False
+        is_anew = self._settled_for != (limit, layers)
         self._settled_for, self._settled = (limit, layers), self.last_called
         self.displaces_idle(layer)
         room = layer.budget.room(self.called(), limit=limit)
-        if self._chosen_for != (room, layers):
-            self._choose(room)
+        if is_anew or self._chosen_for != room:
+            self._choose(room, is_anew=is_anew)
         came = [other.come_to_stay() for other in self._layers() if weakref.ref(other) in self._chosen]
         return any(came)
 
@@ -256,12 +261,23 @@ class Schedule:
         nbytes = lacking + self.prefetcher.window
         return layer.budget.displace_idle(layer, nbytes, limit=layer.limit, since=since)
 
-    def _choose(self, room: int) -> None:
-        layers = list(self._layers())
-        demands = [Demand(layer.staying_nbytes, self._work[weakref.ref(layer)]) for layer in layers]
-        chosen = choose_residents(demands, room=room, window=self.prefetcher.window)
+    def _choose(self, room: int, *, is_anew: bool) -> None:
+        """Choose those who should stay: with as few changes as can be, unless *is_anew*.
+
+        How much room there is differs a little from round to round, where others use the device.
+        """
+        layers, window = list(self._layers()), self.prefetcher.window
+        demands = [
+            Demand(layer.staying_nbytes, self._work[weakref.ref(layer)], layer.passes_from_disk)
+            for layer in layers
+        ]
+        if is_anew:
+            chosen = choose_residents(demands, room=room, window=window)
+        else:
+            before = {index for index, layer in enumerate(layers) if weakref.ref(layer) in self._chosen}
+            chosen = adapt_residents(before, demands, room=room, window=window)
         self._chosen = frozenset(weakref.ref(layers[index]) for index in chosen)
-        self._chosen_for = room, len(self._work)
+        self._chosen_for = room
 
     def _layers(self) -> Iterator[Scheduled]:
         for reference in list(self._work):
