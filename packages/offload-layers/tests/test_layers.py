@@ -19,7 +19,7 @@ from offload_layers import (
     State,
     enable_vram_management,
 )
-from offload_layers.testing import CountingSource, assert_invariants, residencies
+from offload_layers.testing import CountingSource, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
 
 Config = dict[str, object]
@@ -410,3 +410,52 @@ def test_a_model_that_nobody_holds_is_freed_at_once(managed: Callable[..., nn.Mo
         assert weight() is None
     finally:
         gc.enable()
+
+
+class Casting(nn.Module):
+    """Reads the dtype of a weight before it calls the layer, as some text encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(x.to(self.down.weight.dtype))  # type: ignore[no-any-return]
+
+
+def test_weights_that_are_read_before_the_call_are_no_second_forward(x: Tensor) -> None:
+    blocks = nn.Sequential(*(Casting() for _ in range(20)))
+    before, nbytes = copy.deepcopy(blocks), sum(p.nbytes for p in blocks.parameters())
+    config = {f"{role}_{what}": "disk" for role in ("offload", "onload") for what in ("dtype", "device")}
+    config |= {f"{role}_device": "cpu" for role in ("preparing", "computation")}
+    config |= {f"{role}_dtype": torch.float32 for role in ("preparing", "computation")}
+    source = CountingSource(blocks.state_dict())
+    model = enable_vram_management(blocks, {nn.Linear: AutoWrappedLinear}, config, nbytes / 2 / GIB, source)
+    with_own_budget(model)
+    x, reads = torch.randn(2, 4), []
+    for _ in range(4):
+        source.reads.clear()
+        assert torch.equal(model(x), before(x))
+        reads.append(len(source.reads))
+    assert reads[0] <= 2 * 40 + 2  # each layer once, a weight and a bias
+    assert reads[2] < reads[0]
+    assert sum(residency.resident for residency in residencies(model)) >= 15
+
+
+def test_a_limit_that_is_lowered_is_obeyed_at_once(x: Tensor) -> None:
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    config = {f"{role}_{what}": "disk" for role in ("offload", "onload") for what in ("dtype", "device")}
+    config |= {f"{role}_device": "cpu" for role in ("preparing", "computation")}
+    config |= {f"{role}_dtype": torch.float32 for role in ("preparing", "computation")}
+    source = CountingSource(model.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, 1.0, source)
+    budget = with_own_budget(model)
+    model(torch.randn(2, 4))
+    assert budget.statistics().residents == 5
+    for layer in model:
+        layer.vram_limit = 4 * 80 / GIB
+    assert budget.statistics().lent_nbytes <= 2 * 80  # two pass
+    for layer in model:
+        layer.vram_limit = 0
+    assert budget.statistics().lent_nbytes == 0

@@ -290,6 +290,19 @@ def test_a_driver_that_fails_leaves_no_layer_in_use(device: FakeDevice, moment: 
     assert torch.equal(model(X), expected([COPY_S] * LAYERS))
 
 
+def test_a_device_that_is_smaller_than_the_limit_does_not_make_layers_come_and_go(
+    device: FakeDevice,
+) -> None:
+    device.nbytes = 8 * NBYTES
+    model = managed(device, [COPY_S] * LAYERS, PREPARING, limit_for(10 * NBYTES))
+    for _ in range(4):
+        assert torch.equal(model(X), expected([COPY_S] * LAYERS))
+    before = device.copied_nbytes
+    for _ in range(5):
+        assert torch.equal(model(X), expected([COPY_S] * LAYERS))
+    assert device.copied_nbytes - before < 5 * LAYERS * NBYTES  # fewer than if nobody stayed
+
+
 def test_a_larger_computation_makes_residents_leave_at_once(device: FakeDevice) -> None:
     seconds = [COPY_S] * LAYERS
     model = managed(device, seconds, PREPARING, limit_for(LAYERS * NBYTES + 2 * NBYTES))
@@ -311,6 +324,21 @@ def two(device: FakeDevice, config: dict[str, Any], layers: int) -> tuple[Any, A
     first, second = (managed(device, seconds, config, limit) for _ in range(2))
     with_own_budget(first, second)
     return first, second
+
+
+@pytest.mark.parametrize("layers", [13, 14, 15, 15.5])
+def test_models_in_turns_do_not_make_each_other_leave_for_ever(device: FakeDevice, layers: float) -> None:
+    first, second = (managed(device, [COPY_S] * 8, PREPARING, limit_for(int(layers * NBYTES))) for _ in "ab")
+    with_own_budget(first, second)
+    copied = []
+    for _ in range(20):
+        before = device.copied_nbytes
+        assert torch.equal(first(X), expected([COPY_S] * 8))
+        assert torch.equal(second(X), expected([COPY_S] * 8))
+        copied.append((device.copied_nbytes - before) // NBYTES)
+    assert max(copied[10:]) <= 16 - int(layers) + 3, (
+        copied
+    )  # those that pass, and two that are kept free for them
 
 
 def resident(model: Any) -> list[bool]:

@@ -31,6 +31,9 @@ class Borrower(Protocol):
     def try_demote(self) -> bool:
         """Leave the device now if that is possible without waiting; say whether it was done."""
 
+    def is_idle(self, since: int) -> bool:
+        """Say whether its model was really not called *since*, although all of it may be resident."""
+
     def yield_ahead_to(self, other: "Borrower", *, waits: bool = True) -> None:
         """Drop what was fetched ahead for this layer's model, unless that is the model of *other*.
 

@@ -180,10 +180,10 @@ class Budget:
         for other, is_resident in sorted(idle, key=lambda loan: loan[0].last_called):
             if self._books.lent <= most:
                 break
-            if is_resident:
-                other.try_demote()
-            else:
+            if not is_resident:
                 other.yield_ahead_to(borrower, waits=False)
+            elif other.is_idle(since):
+                other.try_demote()
         return self._books.lent < before
 
     def keep_under(self, limit: int, borrower: Borrower) -> None:
@@ -221,8 +221,25 @@ class Budget:
         self._memory.release_cached()
         return left
 
-    def retrying(self, attempt: Callable[[], Result], *, layer: str, doing: str) -> Result:
+    def release_cached(self) -> None:
+        """Have the device give back what is only cached."""
+        self._memory.release_cached()
+
+    def retrying(
+        self,
+        attempt: Callable[[], Result],
+        *,
+        layer: str,
+        doing: str,
+        when_full: Callable[[], None] = lambda: None,
+    ) -> Result:
         """Return ``attempt()``; if the device is full, make all residents leave and try once more.
+
+        Args:
+            attempt: What needs memory.
+            layer: For which layer, in messages.
+            doing: What it does for it, in messages.
+            when_full: Is called if the device is full, before anyone leaves.
 
         Raises:
             BudgetExceededError: there was no memory the second time either.
@@ -230,6 +247,7 @@ class Budget:
         try:
             return attempt()
         except OutOfMemory:
+            when_full()
             left = self.demote_all()
             _log.warning('out of memory on %s while %s "%s"; %d layers left', self.device, doing, layer, left)
         try:

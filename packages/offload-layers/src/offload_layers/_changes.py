@@ -19,6 +19,11 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
+def in_backward() -> bool:
+    """Say whether this thread runs a backward pass, in which layers may be run once more."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+
+
 class WatchedParameter(nn.Parameter):
     """A parameter that remembers whether its ``.data`` was asked for."""
 

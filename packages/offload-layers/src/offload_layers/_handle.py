@@ -73,12 +73,14 @@ class Offloaded:
         move_buffers(self.model, _CPU)
 
     def set_vram(self, vram: Size) -> None:
-        """Let the model use another amount of the device's memory from its next forward on."""
+        """Let the model use another amount of the device's memory; what has no room leaves at once."""
         device = self.plan.device
         given = vram_limit(vram, device, self.plan.ram, held=nbytes_on(self.model, device))
         limit = dataclasses.replace(self.plan, vram=given).limit_nbytes
         for layer in self._managed():
             layer._owner().limit = limit
+        for layer in self._managed():
+            layer._owner().obey_limit()
 
     def remove(self, device: str | int | torch.device | None = None) -> nn.Module:
         """Give the model back plain, with all its weights in memory.

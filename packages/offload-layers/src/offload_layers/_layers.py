@@ -256,6 +256,7 @@ class AutoTorchModule(ManagedModule):
     @vram_limit.setter
     def vram_limit(self, value: float | None) -> None:
         self._owner().limit = parse_limit(value)
+        self._owner().obey_limit()
 
     @property
     def computation_device_type(self) -> str:

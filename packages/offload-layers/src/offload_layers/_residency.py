@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offload_layers._budget import Lease
 from offload_layers._changes import fingerprint, watch
-from offload_layers._device import Mark
+from offload_layers._device import Mark, OutOfMemory
 from offload_layers._idle_workers import let_idle_workers_sleep
 from offload_layers._labels import is_profiling, label
 from offload_layers._owning import Owning
@@ -53,7 +53,7 @@ class Residency(Owning):
         schedule = self.schedule
         if schedule is not None:
             schedule.let_go(but=self)
-            schedule.saw(self, work)
+            schedule.saw(self, work, calls=calls)
         self._device.computes_here()
         with self._lock:
             if self.buffers:
@@ -124,12 +124,11 @@ class Residency(Owning):
 
     def compute_again(self, forward: Callable[[], Result]) -> Result:
         """Run a forward once more that found the device full, after other layers have left it."""
+        self._was_full()
         self.budget.demote_all()
-        if self.schedule is not None:
-            self.schedule.settle_later(self)
         self.enter()
         try:
-            return self.budget.retrying(forward, layer=self.name, doing="running")
+            return self._retrying(forward, doing="running")
         finally:
             self.leave()
 
@@ -199,7 +198,11 @@ class Residency(Owning):
     def fetch(self) -> tuple[list[Tensor], Mark]:
         """Return the weights in the computation placement, without gradients, and when they will be there."""
         self.ask_ahead()
-        fetched = self._fetch_aside(self._reader_source)
+        try:
+            fetched = self._fetch_aside(self._reader_source)
+        except OutOfMemory:
+            self._was_full()
+            raise
         self.counters.ahead_nbytes += self._passes().moving_nbytes
         return fetched
 
@@ -227,14 +230,21 @@ class Residency(Owning):
         """Become resident now, if there is room and nobody uses the layer; say whether it was done.
 
         What fails now is tried again in the next forward; until then the layer passes.
+
+        Raises:
+            OutOfMemory: the device has no memory for it. Nobody else left.
         """
         if self._tiers.height == HEIGHT[State.PREPARING] or not self._lock.acquire(blocking=False):
             return False
         try:
             if self._staged is not None:
                 return False
-            self.climb_to(State.PREPARING)
-            return self.state is State.PREPARING
+            if self.state is State.OFFLOAD:
+                self.move_to(State.ONLOAD)
+            return self.try_prepare(demotes=False)
+        except OutOfMemory:
+            self.budget.release_cached()
+            raise
         except Exception as error:
             _log.warning('"%s" could not be brought to stay, and passes: %s', self.name, error)
             return False
@@ -294,10 +304,8 @@ class Residency(Owning):
         begin = perf_counter()
         borrowed = lease or self.budget.borrow(self, self._passes().copy_nbytes, limit=self.limit)
         try:
-            fetched = self.budget.retrying(
-                lambda: self._differentiable(borrowed) if differentiable else self._copies(borrowed),
-                layer=self.name,
-                doing="bringing the weights of",
+            fetched = self._retrying(
+                lambda: self._differentiable(borrowed) if differentiable else self._copies(borrowed)
             )
         except BaseException:
             if lease is None:

@@ -6,6 +6,7 @@ is *resident*: reading them and calling it cost nothing more than on a plain lay
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -178,8 +179,11 @@ class Resting:
                     lease = self.budget.borrow(self, lacking.nbytes, limit=self.limit)
                 self._push(placement, lacking, lease)
 
-    def try_prepare(self) -> bool:
-        """Go from ONLOAD to PREPARING if its bytes fit under the limit; say whether it is there."""
+    def try_prepare(self, *, demotes: bool = True) -> bool:
+        """Go from ONLOAD to PREPARING if its bytes fit under the limit; say whether it is there.
+
+        With *demotes* others leave if the device turns out to have no memory for it.
+        """
         with self._lock:
             if self.state is not State.ONLOAD:
                 return self.state is State.PREPARING
@@ -189,7 +193,7 @@ class Resting:
                 lease = self._borrow_to_stay(lacking.nbytes)
                 if lease is None:
                     return False
-            self._push(placement, lacking, lease)
+            self._push(placement, lacking, lease, demotes=demotes)
             return True
 
     def try_demote(self) -> bool:
@@ -213,6 +217,10 @@ class Resting:
             return True
         finally:
             self._lock.release()
+
+    def is_idle(self, since: int) -> bool:
+        """Say whether the model was really not called *since*; see `Schedule.is_idle`."""
+        return self.schedule is None or self.schedule.is_idle(since)
 
     def yield_ahead_to(self, other: Borrower, *, waits: bool = True) -> None:
         """Drop what was fetched ahead for this layer's model, unless that is the model of *other*."""
@@ -248,6 +256,11 @@ class Resting:
             home = self.policy.offload.device
             if not self._users:
                 self._move_buffers(torch.device("cpu") if home.type == "meta" else home)
+
+    def obey_limit(self) -> None:
+        """Have layers leave that the limit has no room for any more: one that is resident is not asked."""
+        if self.limit is not None:
+            self.budget.keep_under(self.limit, self)
 
     def hold_beside(self, nbytes: int) -> None:
         """Borrow bytes of the compute device for what belongs to the layer beside its weights."""
@@ -288,7 +301,9 @@ class Resting:
         coming = [weight for weight in self.weights if not placement.holds(weight.registered)]
         return self._shared.lacking(coming, placement, self.source) if coming else None
 
-    def _push(self, placement: Placement, lacking: Lacking | None, lease: Lease | None) -> None:
+    def _push(
+        self, placement: Placement, lacking: Lacking | None, lease: Lease | None, *, demotes: bool = True
+    ) -> None:
         if not placement.is_disk:  # otherwise the model will hold what it holds
             self._drop_kept()
         self._hide()
@@ -296,19 +311,22 @@ class Resting:
         source = self.source
         if self.schedule is not None and self._device.is_host:
             source = self.schedule.source_of_what_stays(source, self.limit)
+
+        def push() -> None:
+            self._tiers.push(
+                placement,
+                source,
+                lease,
+                computes_on=self.policy.computation.device,
+                shared=self._shared,
+            )
+
         try:
             with label("fetch", self.name):
-                self.budget.retrying(
-                    lambda: self._tiers.push(
-                        placement,
-                        source,
-                        lease,
-                        computes_on=self.policy.computation.device,
-                        shared=self._shared,
-                    ),
-                    layer=self.name,
-                    doing="bringing the weights of",
-                )
+                if demotes:
+                    self._retrying(push)
+                else:
+                    push()
             if placement.device == self.policy.computation.device:
                 self.counters.own_nbytes += sum(weight.nbytes_from(below) for weight, below in coming)
             if lacking is not None and lease is not None:
@@ -322,6 +340,14 @@ class Resting:
             raise
         finally:
             self._expose_if_resident()
+
+    def _retrying(self, attempt: Callable[[], Result], doing: str = "bringing the weights of") -> Result:
+        """Run *attempt*, and if the device is full once more after others have left: `Budget.retrying`."""
+        return self.budget.retrying(attempt, layer=self.name, doing=doing, when_full=self._was_full)
+
+    def _was_full(self) -> None:
+        if self.schedule is not None:
+            self.schedule.was_full(self)
 
     def _drop_to(self, state: State) -> None:
         homes = list(self._tiers.homes)

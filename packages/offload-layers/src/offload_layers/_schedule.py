@@ -19,7 +19,9 @@ from typing import Protocol
 from offload_layers._beside import Beside
 from offload_layers._books import Borrower
 from offload_layers._budget import Budget
+from offload_layers._changes import in_backward
 from offload_layers._choice import Demand, adapt_residents, choose_residents
+from offload_layers._device import OutOfMemory
 from offload_layers._order import ExecutionOrder
 from offload_layers._prefetch import Fetchable, Fetched, Prefetcher
 from offload_layers._shared import SharedCopies
@@ -30,6 +32,10 @@ from offload_layers._source import Source, alone, owning
 KEPT_SHARE = 1 / 256
 KEPT_NBYTES = 32 << 20  # but no more than that
 
+
+#: for so long no more layers stay than fitted when the device had no memory left, below the limit: others may
+#: have taken it, or the allocator's memory be in pieces
+_FULL_ROUNDS = 16
 
 _CLOCK = itertools.count(1)  # counts calls of layers in this process
 
@@ -64,7 +70,11 @@ class Scheduled(Fetchable, Staying, Protocol):
         """Make what the layer will compute with in each forward, as far as that is kept between forwards."""
 
     def come_to_stay(self) -> bool:
-        """Become resident now, if that is possible without waiting for others; say whether it was done."""
+        """Become resident now, if that is possible without waiting for others; say whether it was done.
+
+        Raises:
+            OutOfMemory: the device has no memory for it.
+        """
 
 
 class Schedule:
@@ -89,15 +99,22 @@ class Schedule:
         self._lock = threading.Lock()
         self._held: weakref.ref[Scheduled] | None = None
         self._work: dict[weakref.ref[Scheduled], float] = {}  # in the order in which layers were first called
+        self._only_read: set[weakref.ref[Scheduled]] = set()  # of them those that were not called yet
         self._staying_nbytes = 0  # what all layers take when they stay
         self.last_called = 0
         self._called: dict[weakref.ref[Scheduled], int] = {}  # when each layer was called last
         self._round_began = 0  # when the layer that is called now was called the last time
+        self._probed_at = (
+            self._probed_since
+        ) = -1  # when it was last called as it was asked whether it is idle
         self._displaced = 0  # when models that are idle were asked to leave
         self._is_complete = False  # no layer was new since one was called again
         self._is_short = False  # a layer was refused: not all can stay
         self._chosen: frozenset[weakref.ref[Scheduled]] = frozenset()
-        self._chosen_for = -1  # for which room
+        self._chosen_for: tuple[int, int] = (-1, -1)  # for which room, and how many layers
+        self._chosen_of = 0  # how many layers there were when it was last chosen anew
+        self._full_at = 0  # what may stay after the device had no memory left
+        self._full_rounds = 0  # for so many rounds
         self._settled = 0  # when it was decided who should stay
         self._settled_for: tuple[int | None, int] = (-1, -1)  # for which limit, and how many layers
 
@@ -114,14 +131,27 @@ class Schedule:
 
     # -- fetching ahead -----------------------------------------------------------------------------
 
-    def saw(self, layer: Scheduled, work: float) -> None:
-        """Learn that this thread calls *layer* now, for a computation of the size *work*."""
+    def saw(self, layer: Scheduled, work: float, *, calls: bool = True) -> None:
+        """Learn that this thread calls *layer* now, for a computation of the size *work*.
+
+        Without *calls* its weights are read from outside: then the call is yet to come, or never does. Nor is
+        it a call of a new round if layers are run once more during a backward pass.
+        """
         reference = weakref.ref(layer)
         self._order.saw(layer)
-        self._is_complete = reference in self._work
+        self.last_called = next(_CLOCK)
+        if not calls:
+            if reference not in self._work:
+                self._work[reference] = 0.0
+                self._only_read.add(reference)
+            return
+        if in_backward():
+            return
+        self._is_complete = reference in self._work and reference not in self._only_read
+        self._only_read.discard(reference)
         self._work[reference] = work
         self._round_began = self._called.get(reference, 0)
-        self.last_called = self._called[reference] = next(_CLOCK)
+        self._called[reference] = self.last_called
 
     def take(self, layer: Scheduled) -> Fetched | None:
         """Return what was fetched ahead for *layer*, or None."""
@@ -220,21 +250,49 @@ class Schedule:
             Whether anybody came: see Note [Who stays is settled at once].
         """
         limit, layers = layer.limit, len(self._work)
-        if limit is None or not self._is_complete:
+        if limit is None or not self._is_complete or in_backward():
             return False
-        if self._settled_for == (limit, layers) and self._round_began < self._settled:
+        before = self._settled_for
+        if before == (limit, layers) and self._round_began < self._settled:
             return False
-        is_anew = self._settled_for != (limit, layers)
         self._settled_for, self._settled = (limit, layers), self.last_called
         self.displaces_idle(layer)
         room = layer.budget.room(self.called(), limit=limit)
-        if is_anew or self._chosen_for != room:
+        if before[0] != limit:
+            self._full_rounds = 0
+        elif self._full_rounds:
+            self._full_rounds -= 1
+            room = min(room, self._full_at)
+        # some layers are called several times in a first forward: what they see of it is chosen for once
+        is_known = before[1] == layers and self._chosen_of != layers
+        is_anew = before[0] != limit or is_known
+        if is_anew or self._chosen_for != (room, layers):
             self._choose(room, is_anew=is_anew)
-        came = [other.come_to_stay() for other in self._layers() if weakref.ref(other) in self._chosen]
-        return any(came)
+        return self._come()
 
-    def settle_later(self, layer: Staying) -> None:
-        """Have nobody come in this round any more: residents had to leave, for want of memory."""
+    def _come(self) -> bool:
+        """Have those come who were chosen; say whether anybody did. Others leave if the device was full."""
+        came = False
+        for layer in self._layers():
+            if weakref.ref(layer) in self._chosen:
+                try:
+                    came |= layer.come_to_stay()
+                except OutOfMemory:
+                    self.was_full(layer)
+                    break
+            elif self._full_rounds and layer.resident:
+                layer.try_demote()
+        return came
+
+    def was_full(self, layer: Staying) -> None:
+        """Take note that the device had no memory left for what *layer* needed, below the limit.
+
+        For some rounds no more layers stay than there were, less what was needed, and in this round nobody
+        comes any more.
+        """
+        staying = sum(other.staying_nbytes for other in self._layers() if other.resident)
+        self._full_at = max(0, staying - layer.computation_nbytes)
+        self._full_rounds = _FULL_ROUNDS
         self._settled_for, self._settled = (layer.limit, len(self._work)), next(_CLOCK)
 
     def refused(self, layer: Staying) -> Iterator[Staying]:
@@ -261,6 +319,23 @@ class Schedule:
         nbytes = lacking + self.prefetcher.window
         return layer.budget.displace_idle(layer, nbytes, limit=layer.limit, since=since)
 
+    def is_idle(self, since: int) -> bool:
+        """Say whether no layer was called *since*, a time of another model's clock, as far as can be told.
+
+        Layers that are resident are called without a question. So if all of them are, the smallest one leaves
+        first. If it is not called until somebody asks once more, in a later round, the model is idle.
+        """
+        if self.last_called >= since:
+            return False
+        layers = list(self._layers())
+        if not all(layer.resident for layer in layers):
+            if self._probed_at != self.last_called:
+                return True  # some layer always tells
+            return self._probed_since != since
+        self._probed_at, self._probed_since = self.last_called, since
+        min(layers, key=lambda layer: layer.staying_nbytes).try_demote()
+        return False
+
     def _choose(self, room: int, *, is_anew: bool) -> None:
         """Choose those who should stay: with as few changes as can be, unless *is_anew*.
 
@@ -273,11 +348,12 @@ class Schedule:
         ]
         if is_anew:
             chosen = choose_residents(demands, room=room, window=window)
+            self._chosen_of = len(layers)
         else:
             before = {index for index, layer in enumerate(layers) if weakref.ref(layer) in self._chosen}
             chosen = adapt_residents(before, demands, room=room, window=window)
         self._chosen = frozenset(weakref.ref(layers[index]) for index in chosen)
-        self._chosen_for = room
+        self._chosen_for = room, len(layers)
 
     def _layers(self) -> Iterator[Scheduled]:
         for reference in list(self._work):
