@@ -459,3 +459,51 @@ def test_a_limit_that_is_lowered_is_obeyed_at_once(x: Tensor) -> None:
     for layer in model:
         layer.vram_limit = 0
     assert budget.statistics().lent_nbytes == 0
+
+
+def staying_from_disk() -> tuple[Any, CountingSource]:
+    """Return a model of which all stays, and its source."""
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    config = {f"{role}_{what}": "disk" for role in ("offload", "onload") for what in ("dtype", "device")}
+    config |= {f"{role}_device": "cpu" for role in ("preparing", "computation")}
+    config |= {f"{role}_dtype": torch.float32 for role in ("preparing", "computation")}
+    source = CountingSource(model.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, None, source)
+    model(torch.randn(2, 4))
+    return model, source
+
+
+@pytest.mark.parametrize("change", ["in place", "through data", "one value through data"])
+def test_what_is_changed_in_a_layer_that_stays_is_kept(change: str) -> None:
+    model, source = staying_from_disk()
+    assert all(residency.resident for residency in residencies(model))
+    wanted = {name: source[name].clone() for name in source}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if change == "in place":
+                parameter += 1
+                wanted[name] += 1
+            elif change == "through data":
+                parameter.data += 1
+                wanted[name] += 1
+            else:
+                parameter.data.view(-1)[3] = 0.5
+                wanted[name].view(-1)[3] = 0.5
+    for state in (model.state_dict(), copy.deepcopy(model).state_dict()):
+        assert all(torch.equal(state[name], values) for name, values in wanted.items())
+    for layer in model:
+        layer.offload()
+    assert all(torch.equal(model.state_dict()[name], values) for name, values in wanted.items())
+    assert_invariants(model)
+
+
+def test_what_leaves_in_inference_mode_can_be_trained_afterwards() -> None:
+    model, _ = staying_from_disk()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with torch.inference_mode():
+        for layer in model:
+            layer.offload()
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    model.load_state_dict(model.state_dict())

@@ -336,9 +336,7 @@ def test_models_in_turns_do_not_make_each_other_leave_for_ever(device: FakeDevic
         assert torch.equal(first(X), expected([COPY_S] * 8))
         assert torch.equal(second(X), expected([COPY_S] * 8))
         copied.append((device.copied_nbytes - before) // NBYTES)
-    assert max(copied[10:]) <= 16 - int(layers) + 3, (
-        copied
-    )  # those that pass, and two that are kept free for them
+    assert max(copied[10:]) <= 16 - int(layers) + 3, copied  # two must find room to pass, and one tells
 
 
 def resident(model: Any) -> list[bool]:

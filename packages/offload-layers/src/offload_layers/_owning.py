@@ -40,7 +40,7 @@ class Owning(Resting):
     def origin(self, weight: Weight) -> tuple[Tensor, list[Placement]]:
         """Return a weight's values at rest, and the placements that they pass to be computed with."""
         with self._lock:
-            values, height = self._tiers.origin(weight, self.source)
+            values, height = self._tiers.origin(weight, self.source, counted=True)
             passed = [self.policy[STATE[h]] for h in range(height + 1, self._tiers.height + 1)]
         return values, [*(p for p in passed if not p.is_disk), self.policy.computation]
 
@@ -76,10 +76,11 @@ class Owning(Resting):
     def settle(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Make *parameter* the values at rest of *weight*: in the OFFLOAD placement, or on the host."""
         weight.register(parameter)
-        if not self.policy.offload.is_disk:
-            parameter = weight.copy_to(self.policy.offload, self.source)
-        elif not parameter.is_meta:
-            parameter = weight.copy_to(Placement(torch.device("cpu")), self.source)
+        with torch.inference_mode(False):  # they outlive the forward, if there is one
+            if not self.policy.offload.is_disk:
+                parameter = weight.copy_to(self.policy.offload, self.source)
+            elif not parameter.is_meta:
+                parameter = weight.copy_to(Placement(torch.device("cpu")), self.source)
         self._tiers.set_home(weight, parameter)
         self._shared.join(self, parameter)
 

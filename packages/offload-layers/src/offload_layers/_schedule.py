@@ -104,9 +104,7 @@ class Schedule:
         self.last_called = 0
         self._called: dict[weakref.ref[Scheduled], int] = {}  # when each layer was called last
         self._round_began = 0  # when the layer that is called now was called the last time
-        self._probed_at = (
-            self._probed_since
-        ) = -1  # when it was last called as it was asked whether it is idle
+        self._probed_at = self._probed_since = -1  # when it was last called, as it was asked: see `is_idle`
         self._displaced = 0  # when models that are idle were asked to leave
         self._is_complete = False  # no layer was new since one was called again
         self._is_short = False  # a layer was refused: not all can stay

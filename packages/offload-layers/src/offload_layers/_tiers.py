@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers._budget import Lease
-from offload_layers._changes import Fingerprint, fingerprint
+from offload_layers._changes import Fingerprint, checksum, fingerprint
 from offload_layers._device import device_of
 from offload_layers._packed import nbytes
 from offload_layers._placement import Placement
@@ -31,6 +31,17 @@ class _Tier:
     parameters: list[nn.Parameter]
     lease: Lease | None = None
     made_as: list[Fingerprint] = field(default_factory=list)  # when the copies were made
+    sums: list[Tensor | None] = field(default_factory=list)  # of their values then; None: not a copy
+
+    def is_changed(self, index: int, *, counted: bool = False) -> bool:
+        """Say whether a copy has other values than it was made with; *counted*: that torch has counted."""
+        copy, made_with = self.parameters[index], self.sums[index]
+        if fingerprint(copy) != self.made_as[index]:
+            return True
+        if counted:
+            return False
+        now = None if made_with is None else checksum(copy)
+        return now is not None and made_with is not None and bool(now != made_with)
 
 
 class TierStack:
@@ -86,15 +97,19 @@ class TierStack:
                 return self._locked(copy, weight.registered, computes_on)
             return copy
 
+        sums: list[Tensor | None] = [None] * len(self._weights)
         if placement.is_disk:
             parameters = self.top
         else:
             with torch.inference_mode(False):  # the copies outlive the forward that caused them
                 parameters = [shared.of(weight, placement, source, make) for weight in self._weights]
+                below = self.top
+                sums = [None if p is q else checksum(p) for p, q in zip(parameters, below, strict=True)]
             if placement.device == computes_on:
                 device_of(computes_on).synchronize()  # see Note [Any stream may compute]
             self._register(parameters)
-        self._tiers.append(_Tier(list(parameters), lease, [fingerprint(p) for p in parameters]))
+        made_as = [fingerprint(parameter) for parameter in parameters]
+        self._tiers.append(_Tier(list(parameters), lease, made_as, sums))
 
     @staticmethod
     def _locked(copy: nn.Parameter, below: nn.Parameter, device: torch.device) -> nn.Parameter:
@@ -107,7 +122,8 @@ class TierStack:
     def pop(self) -> None:
         """Drop the copies on top, keeping what was changed in them."""
         tier = self._tiers[-1]
-        self._write_back(tier)
+        with torch.inference_mode(False):  # what is written outlives the forward that has the layer leave
+            self._write_back(tier)
         self._tiers.pop()
         self._register(self.top)
         if tier.lease is not None:
@@ -139,13 +155,17 @@ class TierStack:
         """Return a weight's values at rest, in the dtype in which they are kept."""
         return self.origin(weight, source)[0]
 
-    def origin(self, weight: Weight, source: Source | None) -> tuple[Tensor, int]:
-        """Return a weight's values at rest, and the height of the tier that holds them."""
+    def origin(self, weight: Weight, source: Source | None, *, counted: bool = False) -> tuple[Tensor, int]:
+        """Return a weight's values at rest, and the height of the tier that holds them.
+
+        With *counted* a copy has changed only if torch has counted a change; then one whose memory was
+        damaged is not taken for one that was changed.
+        """
         index = self._weights.index(weight)
         for height in range(self.height, 1, -1):  # a copy above one that was changed has the change too
             tier = self._tiers[height - 1]
             copy = tier.parameters[index]
-            if fingerprint(copy) != tier.made_as[index] and weight.keeps_change_of(copy):
+            if tier.is_changed(index, counted=counted) and weight.keeps_change_of(copy):
                 return copy, height
         home = self._tiers[0].parameters[index]
         return weight.read(source) if home.is_meta else home, 1
@@ -165,6 +185,7 @@ class TierStack:
         index = self._weights.index(weight)
         for tier in self._tiers:
             del tier.parameters[index : index + 1], tier.made_as[index : index + 1]
+            del tier.sums[index : index + 1]
 
     def abandon(self) -> None:
         """Give all borrowed bytes back and drop all copies; nothing is left to be used."""
@@ -182,11 +203,11 @@ class TierStack:
                 parameter.requires_grad_(trains)
 
     def _write_back(self, tier: _Tier) -> None:
-        for i, (parameter, made_as) in enumerate(zip(tier.parameters, tier.made_as, strict=True)):
+        for i, parameter in enumerate(tier.parameters):
             below = self._tiers[-2].parameters[i]
             if parameter is below:
                 continue
-            if fingerprint(parameter) != made_as and self._weights[i].keeps_change_of(parameter):
+            if tier.is_changed(i) and self._weights[i].keeps_change_of(parameter):
                 device = torch.device("cpu") if below.is_meta else below.device
                 values = parameter.detach().to(device, below.dtype, copy=True)
                 if below.is_meta:  # from now on these values are at home in host memory
