@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from offload_layers import _pinned
-from offload_layers._pinned import SLAB, PinnedRing, PinnedSlabs
+from offload_layers._pinned import LARGEST_SLAB, SLAB, PinnedRing, PinnedSlabs
 from torch import Tensor, nn
 
 
@@ -62,6 +62,53 @@ def test_a_slab_goes_with_its_last_tensor(driver: Driver, slabs: PinnedSlabs) ->
     assert torch.equal(second, half)
 
 
+@pytest.mark.parametrize("mib", [129.5, 257, 13, 600])
+def test_most_of_what_is_locked_is_used(
+    driver: Driver, slabs: PinnedSlabs, monkeypatch: pytest.MonkeyPatch, mib: float
+) -> None:
+    monkeypatch.setattr(_pinned, "available_ram", lambda: 1 << 40)
+    nbytes = int(mib * (1 << 20))
+    taken: list[int] = []
+    monkeypatch.setattr(
+        slabs, "_allocate", lambda size: taken.append(size) or torch.empty(size, dtype=torch.uint8)
+    )
+    for _ in range(int(20e9 / nbytes)):
+        slabs._take(nbytes)
+    assert taken[0] < 3 * nbytes or taken[0] == SLAB
+    most = {129.5: 1.25, 257: 1.5, 13: 1.15, 600: 1.8}[mib]  # one of 600 leaves 424 of a gigabyte
+    assert sum(taken) < most * 20e9
+
+
+def test_a_smaller_slab_where_memory_is_short(
+    driver: Driver, slabs: PinnedSlabs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slabs._total = 8 * LARGEST_SLAB
+    monkeypatch.setattr(_pinned, "available_ram", lambda: 2 * SLAB)
+    slabs.lock(torch.ones(3))
+    (slab,) = driver.slabs
+    assert slabs._slab is slab()
+    assert len(slabs._slab) == SLAB
+
+
+@pytest.mark.parametrize("kind", ["channels last", "transposed", "with gaps", "expanded", "part"])
+def test_strides_are_those_of_an_ordinary_copy(
+    ring: PinnedRing, slabs: PinnedSlabs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(_pinned, "available_ram", lambda: 10 * SLAB)
+    tensor = {
+        "channels last": torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(4, 6).T,
+        "with gaps": torch.randn(4, 6)[:, ::2],
+        "expanded": torch.randn(4, 1).expand(4, 6),
+        "part": torch.randn(9, 6)[3:].T,
+    }[kind]
+    wanted = tensor.to("cpu", copy=True)
+    for copy in (slabs.lock(tensor), ring.upload(tensor)):
+        assert torch.equal(copy, tensor)
+        assert copy.data_ptr() != tensor.data_ptr()
+        assert copy.stride() == wanted.stride()
+
+
 def test_each_tensor_counts_its_own_changes(slabs: PinnedSlabs) -> None:
     first = nn.Parameter(slabs.lock(torch.ones(10)))
     before = first._version
@@ -73,7 +120,7 @@ def test_each_tensor_counts_its_own_changes(slabs: PinnedSlabs) -> None:
 
 
 def test_what_cannot_be_locked_is_left_as_it_is(driver: Driver, slabs: PinnedSlabs) -> None:
-    large = torch.empty(SLAB + 1, dtype=torch.uint8)
+    large = torch.empty(LARGEST_SLAB + 1, dtype=torch.uint8)
     empty, sparse = torch.empty(0), torch.eye(3).to_sparse()
     for tensor in (large, empty, sparse):
         assert slabs.lock(tensor) is tensor

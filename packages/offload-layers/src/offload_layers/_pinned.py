@@ -27,8 +27,9 @@ CHUNK = 32 << 20
 #: bytes of the largest tensor that is read from disk into one buffer, which then has about as many
 LARGEST = 256 << 20
 
-#: bytes of one slab: torch gives page-locked memory in powers of two, a tensor alone would waste up to half
-SLAB = 256 << 20
+#: bytes of a slab, at least and at most. Torch gives page-locked memory in powers of two, so a tensor alone
+#: would waste up to half, as would one in a slab that has just no room for two. So slabs become larger
+SLAB, LARGEST_SLAB = 256 << 20, 1 << 30
 _ALIGNMENT = 512  # Source: what CUDA's own allocations are aligned to
 
 
@@ -44,6 +45,8 @@ class PinnedSlabs:
         self._lock = threading.Lock()
         self._slab: Tensor | None = None
         self._used = 0
+        self._total = 0  # bytes of all slabs that there ever were
+        self._has_warned = False
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a copy of a host tensor in page-locked memory, or the tensor itself if there is none."""
@@ -53,32 +56,51 @@ class PinnedSlabs:
         if place is None:
             return tensor
         with torch.no_grad():
-            locked = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            locked = place.view(tensor.dtype).as_strided(tensor.shape, _strides(tensor)).copy_(tensor)
             return locked.data  # a view has one count of in-place changes with all others of its slab
 
     def _take(self, nbytes: int) -> Tensor | None:
-        if not 0 < nbytes <= SLAB:
+        if not 0 < nbytes <= LARGEST_SLAB:
             return None
         with self._lock:
             start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-            if self._slab is None or start + nbytes > SLAB:
-                self._slab = self._new_slab()
+            if self._slab is None or start + nbytes > len(self._slab):
+                self._slab = self._new_slab(nbytes)
                 start = 0
             if self._slab is None:
                 return None
             self._used = start + nbytes
             return self._slab[start : start + nbytes]
 
-    def _new_slab(self) -> Tensor | None:
+    def _new_slab(self, nbytes: int) -> Tensor | None:
+        """Return a slab with room for *nbytes*: at most half of what there is already, if that is enough."""
+        least = max(SLAB, 1 << (nbytes - 1).bit_length())
+        size = max(least, min(LARGEST_SLAB, 1 << max(0, (self._total // 2).bit_length() - 1)))
         try:
-            if available_ram() < 2 * SLAB:  # what is page-locked is lost to everybody else
+            available = available_ram()  # what is page-locked is lost to everybody else
+            size = size if available >= 2 * size else least
+            if available < 2 * size:
                 return None
-            return self._allocate(SLAB)
+            slab = self._allocate(size)
         except ConfigError:  # the system does not tell how much there is
             return None
         except RuntimeError as error:
-            _log.warning("%s; weights in host memory cross to the device more slowly", _reason(error))
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warning("%s; weights in host memory cross to the device more slowly", _reason(error))
             return None
+        self._total += size
+        return slab
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that torch gives a copy of *tensor*: its own if that has no gaps, nor overlaps."""
+    dense = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != dense:
+            return torch.empty(tensor.shape, device="meta").stride()
+        dense *= size
+    return tensor.stride()
 
 
 def ring_nbytes(largest: int) -> int:
@@ -131,8 +153,12 @@ class PinnedRing:
         """Return a copy of *tensor* on the device, which the current stream has when it gets there."""
         if self._is_refused or not tensor.numel():
             return tensor.to(self._device)
-        source = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-        target, flat = self._target(tensor.shape, tensor.dtype)
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        strides = None if plain.is_contiguous() else _strides(plain)
+        if strides is not None and plain.stride() != strides:
+            plain = torch.empty_strided(plain.shape, strides, dtype=plain.dtype).copy_(plain)
+        source = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+        target, flat = self._target(tensor.shape, tensor.dtype, strides)
         for start in range(0, len(source), CHUNK):
             piece = source[start : start + CHUNK]
             with self._lent(CHUNK) as buffer:
@@ -160,10 +186,15 @@ class PinnedRing:
             self._send(buffer, filled, flat)
         return target
 
-    def _target(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return memory on the device, and its bytes."""
-        target = torch.empty(shape, dtype=dtype, device=self._device)
-        return target, target.view(-1).view(torch.uint8)
+    def _target(
+        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return memory on the device, without gaps, and its bytes."""
+        if strides is None:
+            target = torch.empty(shape, dtype=dtype, device=self._device)
+        else:
+            target = torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+        return target, target.as_strided((target.numel(),), (1,)).view(torch.uint8)
 
     def _send(self, buffer: _Buffer, filled: Tensor, target: Tensor) -> None:
         target.copy_(filled, non_blocking=True)
