@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from safemap._buffers import assign, has_plain_bytes, note_write
 from safemap._errors import ConverterError
 from safemap._file import File
 from safemap._lazy_content import Fill, Held, Piece, Result, Source
@@ -103,11 +104,11 @@ class Evaluation:
 
     def result_into(self, view: View, out: Tensor) -> None:
         """Write a view into *out*, of the same shape, converting to its dtype."""
-        direct = out.device.type == "cpu" and out.is_contiguous() and view.is_row_major
-        if direct and view.device.type == "cpu":
+        if has_plain_bytes(out) and view.is_row_major and view.device.type == "cpu":
+            note_write(out)
             self._fill(view.hull(), view.dtype, out.view(-1))
         else:
-            out.copy_(self._tensor(view, view.needed()))
+            assign(out, self._tensor(view, view.needed()))
 
     def _argument(self, view: View) -> Tensor:
         tensor = self._tensors.get(view)
