@@ -4,7 +4,10 @@ import io
 import os
 import pickle
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -211,6 +214,80 @@ def test_what_is_no_plain_memory_is_passed_on(make, kind: str, tmp_path: Path) -
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+
+
+class _Pair(NamedTuple):
+    x: object
+    y: object
+
+
+class _Holder:
+    """An object that a user has allowed, with a tensor among its attributes."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
+@pytest.fixture
+def allowed() -> Iterator[None]:
+    with torch.serialization.safe_globals([_Pair, _Holder]):
+        yield
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.filterwarnings("ignore:Typed")
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda: {BASE}, lambda found: next(iter(found))),
+        (lambda: _Pair(BASE, 1), lambda found: found.x),
+        (lambda: _Pair(1, {"deep": [BASE]}), lambda found: found.y["deep"][0]),
+        (lambda: _Holder({"deep": BASE}), lambda found: found.inner["deep"]),
+        (lambda: BASE.untyped_storage(), lambda found: torch.tensor(found.tolist())),
+        (lambda: BASE.storage(), lambda found: torch.tensor(found.tolist())),
+    ],
+    ids=["set", "named tuple", "deep in one", "object", "untyped storage", "typed storage"],
+)
+def test_tensors_in_other_containers_make_the_file_be_read_whole(tmp_path: Path, make, values) -> None:
+    path = saved(tmp_path, {"x": make(), "w": torch.ones(2)})
+    with pytest.warns(UserWarning, match="read as a whole, because it holds tensors or their memory in"):
+        disk_map = DiskMap(path)
+    expected = torch.load(path, weights_only=True)["x"]
+    assert type(disk_map["x"]) is type(expected)
+    assert_same(values(disk_map["x"]), values(expected))
+    assert_same(disk_map["w"], torch.ones(2))
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+@pytest.mark.filterwarnings("error")
+def test_other_containers_without_tensors_pass_through(tmp_path: Path) -> None:
+    disk_map = DiskMap(saved(tmp_path, {"s": {1, "a"}, "p": _Pair(1, {"k": None}), "w": BASE}))
+    assert (disk_map["s"], disk_map["p"]) == ({1, "a"}, _Pair(1, {"k": None}))
+    assert disk_map.info("w").offset is not None
+
+
+def test_counts_are_not_added_up(tmp_path: Path) -> None:
+    counts = Counter({"x": 2, "y": 3})
+    path = saved(tmp_path, {"counts": counts, "nested": {"counts": counts}, "w": BASE})
+    for opened in (DiskMap(path), DiskMap(path, state_dict_converter=lambda s: s)):
+        found = opened["counts"]
+        assert type(found) is Counter
+        assert found == counts
+        assert opened["nested"]["counts"] == counts
+
+
+def test_a_container_that_contains_itself_is_refused(tmp_path: Path, save_legacy) -> None:
+    cyclic: dict[str, object] = {"w": BASE}
+    cyclic["self"] = cyclic
+    with pytest.raises(FormatError, match="m.pth: holds a container that contains itself"):
+        DiskMap(saved(tmp_path, cyclic))
+    with (
+        pytest.warns(UserWarning, match="read as a whole"),
+        pytest.raises(FormatError, match="old.pth: holds a container that contains itself"),
+    ):
+        DiskMap(save_legacy(tmp_path / "old.pth", cyclic))
 
 
 def rewritten(path: str, change) -> str:

@@ -5,6 +5,7 @@ the structure, ``NAME/data/KEY`` the bytes.  The structure is unpickled with sto
 that strides and offsets come out of torch's own rebuilding.  Only ``data.pkl`` is read, and no code is run.
 """
 
+import gc
 import io
 import os
 import pickle
@@ -12,6 +13,8 @@ import struct
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +33,12 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name 
 
 _new_storage: Any = torch.UntypedStorage  # torch does not type their constructors
 _new_typed_storage: Any = torch.storage.TypedStorage
+
+
+_STORAGES = (torch.UntypedStorage, torch.storage.TypedStorage)
+#: what is known to hold no tensors, and is in nearly every checkpoint
+_PLAIN_TYPES = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
+_CODE = (type, ModuleType, FunctionType, BuiltinFunctionType)
 
 
 class _NotLazy(Exception):
@@ -69,12 +78,36 @@ def _load_whole(file: File, reason: str) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise _unpickling_error(file, error) from error
     file.check_unchanged(descriptor)
-    return map_leaves(tree, _plain)
+    return _mapped(file, tree, _plain)
+
+
+def _mapped(file: File, tree: Any, change: Callable[[Any], Any]) -> Any:
+    try:
+        return map_leaves(tree, change)
+    except RecursionError:
+        raise FormatError(
+            f"{file.path}: holds a container that contains itself, or containers nested more deeply than "
+            "Python can follow; expected a dict from names to tensors. Save its state dict alone."
+        ) from None
 
 
 def _plain(leaf: Any) -> Any:
     """Return tensors without gradient, and with bytes that mean what they say."""
     return leaf.detach().resolve_conj().resolve_neg() if isinstance(leaf, Tensor) else leaf
+
+
+def _holds_tensors(thing: object) -> bool:
+    """Tell whether a tensor or a storage can be reached from an object of any kind."""
+    pending, seen = [thing], {id(thing)}
+    while pending:
+        found = pending.pop()
+        if isinstance(found, (Tensor, *_STORAGES)):
+            return True
+        for inner in gc.get_referents(found):
+            if id(inner) not in seen and type(inner) not in _PLAIN_TYPES and not isinstance(inner, _CODE):
+                seen.add(id(inner))
+                pending.append(inner)
+    return False
 
 
 class _Archive:
@@ -118,7 +151,7 @@ class _Archive:
             raise _unpickling_error(self.file, error) from error
         finally:
             del unchecked[others:]
-        return map_leaves(tree, self._stored)
+        return _mapped(self.file, tree, self._stored)
 
     def _meta_storage(self, saved_id: tuple[Any, ...]) -> Any:
         kind, storage_type, key, _location, numel = saved_id
@@ -130,7 +163,11 @@ class _Archive:
         return _new_typed_storage(wrap_storage=storage, dtype=dtype, _internal=True)
 
     def _stored(self, leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or leaf.device.type != "meta":
+        if not isinstance(leaf, Tensor):
+            if type(leaf) not in _PLAIN_TYPES and _holds_tensors(leaf):
+                raise _NotLazy(f"it holds tensors or their memory in an object of {type(leaf)}")
+            return leaf
+        if leaf.device.type != "meta":
             return leaf
         if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided or leaf.is_quantized:
             raise _NotLazy(f"it holds a {type(leaf).__name__} of layout {leaf.layout}")
