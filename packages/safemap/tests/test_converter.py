@@ -469,6 +469,46 @@ def test_torch_dtype_is_that_of_results(file: str) -> None:
             assert lazy.info(name).dtype == torch.float32
 
 
+def numbers(state_dict: StateDict) -> StateDict:
+    w = state_dict["w"]
+    integers = (w * 100).to(torch.int32)
+    return {
+        "product": w @ w.T,
+        "softmax": w.bfloat16().softmax(-1),
+        "half": integers / 2,
+        "scaled": integers * 1.7,
+        "exp": (integers % 8).exp(),
+        "flags": (w > 0.5) * 0.3,
+        "complex": integers * 1.5j,
+        "filled": w.clone().add_(integers),
+    }
+
+
+def test_reading_does_not_depend_on_autocast(file: str) -> None:
+    eager = numbers(tensors())
+    with DiskMap(file, state_dict_converter=numbers) as lazy, torch.autocast("cpu", dtype=torch.bfloat16):
+        found = {name: lazy[name] for name in lazy}
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # it is on again
+    for name, expected in eager.items():
+        assert_same(found[name], expected)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_reading_does_not_depend_on_the_default_dtype(file: str, default: torch.dtype) -> None:
+    eager = numbers(tensors())
+    with DiskMap(file, state_dict_converter=numbers) as lazy:
+        again = pickle.dumps(lazy)
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(default)
+            found = [{name: opened[name] for name in opened} for opened in (lazy, pickle.loads(again))]
+        finally:
+            torch.set_default_dtype(before)
+    for name, expected in eager.items():
+        for values in found:
+            assert_same(values[name], expected)
+
+
 def test_pickling_carries_what_was_recorded(file: str) -> None:
     with DiskMap(file, state_dict_converter=lambda s: fused(s)) as lazy:  # a lambda cannot be pickled
         again = pickle.loads(pickle.dumps(lazy))

@@ -1,5 +1,6 @@
 """Values: dtypes, destinations, parts, threads, memory."""
 
+import contextlib
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 FLOATS = [dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize > 1]
 EIGHT_BITS = [
@@ -134,6 +136,18 @@ def test_read_into_a_parameter(path: str, tensors: dict[str, Tensor]) -> None:
         parameter = torch.nn.Parameter(torch.zeros(64, 32, dtype=dtype))
         DiskMap(path).read_into("blocks.0.weight", parameter)
         assert_same(parameter.detach(), tensors["blocks.0.weight"].to(dtype))
+
+
+def test_a_read_within_a_fake_mode_does_no_harm(path: str, tensors: dict[str, Tensor]) -> None:
+    """What is kept for later reads must be real."""
+    disk_map = DiskMap(path)
+    _cast._table.cache_clear()
+    with FakeTensorMode(), contextlib.suppress(Exception):  # there is no memory to read into
+        disk_map["blocks.0.weight"]
+    with FakeTensorMode(), contextlib.suppress(Exception):
+        _cast._table(torch.float8_e4m3fn, torch.float16, torch.int32)
+    assert_same(disk_map["blocks.0.weight"], tensors["blocks.0.weight"])
+    assert type(_cast._table(torch.float8_e4m3fn, torch.float16, torch.int32)) is Tensor
 
 
 @pytest.fixture
