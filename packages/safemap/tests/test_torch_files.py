@@ -1,5 +1,6 @@
 """Files of torch.save: read lazily, with strides and nested containers, and nothing executed."""
 
+import errno
 import io
 import os
 import pickle
@@ -281,11 +282,11 @@ def test_counts_are_not_added_up(tmp_path: Path) -> None:
 def test_a_container_that_contains_itself_is_refused(tmp_path: Path, save_legacy) -> None:
     cyclic: dict[str, object] = {"w": BASE}
     cyclic["self"] = cyclic
-    with pytest.raises(FormatError, match="m.pth: holds a container that contains itself"):
+    with pytest.raises(FormatError, match=r"m\.pth: holds a container that contains itself"):
         DiskMap(saved(tmp_path, cyclic))
     with (
         pytest.warns(UserWarning, match="read as a whole"),
-        pytest.raises(FormatError, match="old.pth: holds a container that contains itself"),
+        pytest.raises(FormatError, match=r"old\.pth: holds a container that contains itself"),
     ):
         DiskMap(save_legacy(tmp_path / "old.pth", cyclic))
 
@@ -331,6 +332,42 @@ def test_truncated_archive(tmp_path: Path) -> None:
         file.truncate(os.path.getsize(path) - 30)
     with pytest.raises(FormatError, match="a damaged zip archive"):
         DiskMap(path)
+
+
+def test_damage_that_the_zip_module_meets(tmp_path: Path) -> None:
+    no_text = rewritten(
+        saved(tmp_path, {"w": BASE}), lambda name, data: b"\xb8" if "byteorder" in name else data
+    )
+    with pytest.raises(FormatError, match=r"m\.pth: a damaged zip archive: UnicodeDecodeError"):
+        DiskMap(no_text)
+    path = Path(saved(tmp_path, {"w": BASE}))
+    content = path.read_bytes()
+    entry = content.index(b"PK\x01\x02")  # of the directory at the end: what it takes to unpack, and a place
+    for position, value, error in ((entry + 6, 197, "NotImplementedError"), (entry + 45, 0xFF, "")):
+        path.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
+        with pytest.raises(FormatError, match=rf"m\.pth: a damaged zip archive: {error}"):
+            DiskMap(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as a whole")
+def test_damaged_legacy_files(tmp_path: Path, save_legacy) -> None:
+    path = Path(save_legacy(tmp_path / "old.pth", {"w": BASE, "b": torch.ones(3)}))
+    content = path.read_bytes()
+    for length in range(2, len(content), 5):
+        path.write_bytes(content[:length])
+        with pytest.raises(FormatError, match=r"old\.pth"):
+            DiskMap(path)
+
+
+def test_errors_of_the_system_are_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        DiskMap(saved(tmp_path, {"w": BASE}))
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript|.*torch.jit:DeprecationWarning")

@@ -188,13 +188,15 @@ def _about_opaque(sources: Sources) -> str:
 #: what is in the message of a TypeError where a tensor was taken for a string: tensors, too, have a ``split``
 _ABOUT_STRINGS = re.compile(r"\bstr\b|string|\bsplit")
 #: how Python and its library say that they want a string
-_WANTS_STRING = re.compile(r"expected (a )?str|must be (a )?str|string or bytes|requires string|for 'str' objects")
+_WANTS_STRING = re.compile(
+    r"expected (a )?str|must be (a )?str|string or bytes|requires string|for 'str' objects"
+)
 
 
 def _wanted_names(error: Exception) -> bool:
     """Tell whether a converter failed because it was given tensors where it expected names."""
     if isinstance(error, AttributeError):
-        return bool(error.name) and hasattr(str, error.name)
+        return error.name is not None and hasattr(str, error.name)
     return isinstance(error, TypeError) and bool(_ABOUT_STRINGS.search(str(error)))
 
 
@@ -233,6 +235,8 @@ def _on_names(sources: Sources, converter: StateDictConverter, error: Exception)
     """Call a converter that takes ``{name: name}``; return None if it does not only pass names on.
 
     Args:
+        sources: The checkpoint.
+        converter: As for ``convert``.
         error: What it raised when it was called with tensors; see Note [Converters of names].
     """
     known = sources.outputs()

@@ -10,10 +10,10 @@ Note [Deep graphs]
     so operations at every ``_STEP``-th level are run beforehand, from the bottom.
 
 Note [State of the process]
-    What was recorded is what operators were given, below autocast and with the default dtype of that time.  So
-    they are run without autocast.  The default dtype cannot be set for one thread alone; it decides the
-    dtype of what operators make of integers, and they get the same by converting these first, to the dtype that
-    was recorded.
+    What was recorded is what operators were given, below autocast and with the default dtype of that time.
+    So they are run without autocast.  The default dtype cannot be set for one thread alone.  It decides in
+    which dtype operators compute with integers, which come to the same by being converted first, to the dtype
+    that was recorded.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def _has_another_dtype(outputs: Any, operation: Operation) -> bool:
 
 
 def _of_integers(operation: Operation, args: Any, kwargs: Any, outputs: Any) -> Any:
-    """Return what an operator makes of integers in the dtype that was recorded; else *outputs*, as they are."""
+    """Return what an operator makes of integers, in the dtype that was recorded; else *outputs*."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     dtypes = {info.dtype for info in operation.outputs if info is not None}
     if len(dtypes) != 1 or any(t.dtype.is_floating_point or t.dtype.is_complex for t in tensors):

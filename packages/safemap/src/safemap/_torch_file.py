@@ -5,6 +5,7 @@ the structure, ``NAME/data/KEY`` the bytes.  The structure is unpickled with sto
 that strides and offsets come out of torch's own rebuilding.  Only ``data.pkl`` is read, and no code is run.
 """
 
+import errno
 import gc
 import io
 import os
@@ -23,7 +24,7 @@ from torch._weights_only_unpickler import Unpickler
 
 from safemap._contents import Stored, map_leaves
 from safemap._dtypes import CODES
-from safemap._errors import FormatError
+from safemap._errors import FormatError, SafemapError
 from safemap._file import File
 from safemap._layout import Layout
 from safemap._positional import read_bytes
@@ -51,12 +52,14 @@ def read_zip(file: File) -> Any:
     try:
         with io.FileIO(os.dup(descriptor.fd)) as raw, zipfile.ZipFile(raw) as archive:
             return _Archive(file, archive).read()
-    except zipfile.BadZipFile as error:
-        raise FormatError(
-            f"{file.path}: a damaged zip archive: {error}. Write or download it again."
-        ) from None
     except _NotLazy as reason:
         return _load_whole(file, str(reason))
+    except Exception as error:
+        if not _tells_of_damage(error):
+            raise
+        raise FormatError(
+            f"{file.path}: a damaged zip archive: {_described(error)}. Write or download it again."
+        ) from error
 
 
 def read_legacy(file: File) -> Any:
@@ -75,10 +78,25 @@ def _load_whole(file: File, reason: str) -> Any:
         with open(os.dup(descriptor.fd), "rb") as raw:
             raw.seek(0)
             tree = torch.load(raw, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch and the unpickler raise all kinds of errors on malformed input
+        if not _tells_of_damage(error):
+            raise
         raise _unpickling_error(file, error) from error
     file.check_unchanged(descriptor)
     return _mapped(file, tree, _plain)
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Tell whether an error is about the contents of a file, not about the system, nor explained already."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.EINVAL)  # of a seek to where no position can be
+    return not isinstance(error, (SafemapError, MemoryError))
+
+
+def _described(error: Exception) -> str:
+    return (
+        _shown(error) if isinstance(error, zipfile.BadZipFile) else f"{type(error).__name__}: {_shown(error)}"
+    )
 
 
 def _mapped(file: File, tree: Any, change: Callable[[Any], Any]) -> Any:
