@@ -8,7 +8,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -229,6 +229,14 @@ class _Holder:
         self.inner = inner
 
 
+def loaded(path: str) -> dict[str, Any]:
+    """Return what torch loads, or skip the test: older releases refuse some containers."""
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        pytest.skip(f"torch {torch.__version__}: {error}")
+
+
 @pytest.fixture
 def allowed() -> Iterator[None]:
     with torch.serialization.safe_globals([_Pair, _Holder]):
@@ -252,9 +260,9 @@ def allowed() -> Iterator[None]:
 )
 def test_tensors_in_other_containers_make_the_file_be_read_whole(tmp_path: Path, make, values) -> None:
     path = saved(tmp_path, {"x": make(), "w": torch.ones(2)})
+    expected = loaded(path)["x"]
     with pytest.warns(UserWarning, match="read as a whole, because it holds tensors or their memory in"):
         disk_map = DiskMap(path)
-    expected = torch.load(path, weights_only=True)["x"]
     assert type(disk_map["x"]) is type(expected)
     assert_same(values(disk_map["x"]), values(expected))
     assert_same(disk_map["w"], torch.ones(2))
@@ -264,7 +272,9 @@ def test_tensors_in_other_containers_make_the_file_be_read_whole(tmp_path: Path,
 @pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
 @pytest.mark.filterwarnings("error")
 def test_other_containers_without_tensors_pass_through(tmp_path: Path) -> None:
-    disk_map = DiskMap(saved(tmp_path, {"s": {1, "a"}, "p": _Pair(1, {"k": None}), "w": BASE}))
+    path = saved(tmp_path, {"s": {1, "a"}, "p": _Pair(1, {"k": None}), "w": BASE})
+    loaded(path)
+    disk_map = DiskMap(path)
     assert (disk_map["s"], disk_map["p"]) == ({1, "a"}, _Pair(1, {"k": None}))
     assert disk_map.info("w").offset is not None
 
@@ -272,6 +282,7 @@ def test_other_containers_without_tensors_pass_through(tmp_path: Path) -> None:
 def test_counts_are_not_added_up(tmp_path: Path) -> None:
     counts = Counter({"x": 2, "y": 3})
     path = saved(tmp_path, {"counts": counts, "nested": {"counts": counts}, "w": BASE})
+    loaded(path)
     for opened in (DiskMap(path), DiskMap(path, state_dict_converter=lambda s: s)):
         found = opened["counts"]
         assert type(found) is Counter
