@@ -4,6 +4,7 @@ import copy
 import logging
 import operator
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,62 @@ def test_a_converter_of_names(file: str) -> None:
         assert_same(lazy["query"], tensors()["q"])
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("q", "query"),
+        lambda name: name.split(".")[0].strip(),  # tensors have a method of this name
+        lambda name: "model." + name,
+        lambda name: name + ".weight",
+        lambda name: re.sub("^", "model.", name),
+        lambda name: "/".join([name, "weight"]),
+        lambda name: str.upper(name),
+        lambda name: name if name == "q" else name.upper(),
+    ],
+    ids=["replace", "split", "after", "before", "re", "join", "descriptor", "compared"],
+)
+def test_what_a_converter_of_names_may_do(file: str, rename: Callable[[str], str]) -> None:
+    with DiskMap(file, state_dict_converter=lambda s: {rename(name): name for name in s.values()}) as lazy:
+        assert set(lazy) == {rename(name) for name in tensors()}
+        assert_same(lazy[rename("q")], tensors()["q"])
+
+
+def _only_tensors(change: Callable[[Any], Any]) -> Callable[[StateDict], StateDict]:
+    return lambda state_dict: {
+        key.strip(): change(value) if isinstance(value, Tensor) else value
+        for key, value in state_dict.items()
+    }
+
+
+def _strips_names(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value.float().clone(memory=1)
+
+
+@pytest.mark.parametrize(
+    ("converter", "message"),
+    [
+        (_only_tensors(lambda value: value.transpos(0, 1) if value.dim() == 2 else value), "'transpos'"),
+        (_only_tensors(lambda value: value.replace("a", "b")), "'replace'"),
+        (_only_tensors(lambda value: value.clone(memory=1)), "unexpected keyword argument 'memory'"),
+        (_only_tensors(lambda value: value.transpose("0", 1)), "must be int, not str"),
+        (
+            lambda s: {k: v.clone(memory=1) if hasattr(v, "shape") else v for k, v in s.items()},
+            "unexpected keyword argument 'memory'",
+        ),
+        (
+            lambda s: {k: _strips_names(v) for k, v in s.items()},
+            "unexpected keyword argument 'memory'",
+        ),
+    ],
+    ids=["no attribute", "a string's", "no argument", "wrong argument", "asked for a shape", "for both"],
+)
+def test_a_mistake_is_not_hidden_by_a_second_call_with_names(
+    file: str, converter: Callable[[StateDict], StateDict], message: str
+) -> None:
+    with pytest.raises(ConverterError, match=message):
+        DiskMap(file, state_dict_converter=converter)
+
+
 def test_a_converter_that_returns_keys_in_place_of_values(file: str) -> None:
     with DiskMap(file, state_dict_converter=lambda names: {"model." + name: name for name in names}) as lazy:
         assert_same(lazy["model.q"], tensors()["q"])
@@ -410,6 +467,46 @@ def test_torch_dtype_is_that_of_results(file: str) -> None:
         for name, expected in eager.items():
             assert_same(lazy[name], expected)
             assert lazy.info(name).dtype == torch.float32
+
+
+def numbers(state_dict: StateDict) -> StateDict:
+    w = state_dict["w"]
+    integers = (w * 100).to(torch.int32)
+    return {
+        "product": w @ w.T,
+        "softmax": w.bfloat16().softmax(-1),
+        "half": integers / 2,
+        "scaled": integers * 1.7,
+        "exp": (integers % 8).exp(),
+        "flags": (w > 0.5) * 0.3,
+        "complex": integers * 1.5j,
+        "filled": w.clone().add_(integers),
+    }
+
+
+def test_reading_does_not_depend_on_autocast(file: str) -> None:
+    eager = numbers(tensors())
+    with DiskMap(file, state_dict_converter=numbers) as lazy, torch.autocast("cpu", dtype=torch.bfloat16):
+        found = {name: lazy[name] for name in lazy}
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # it is on again
+    for name, expected in eager.items():
+        assert_same(found[name], expected)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_reading_does_not_depend_on_the_default_dtype(file: str, default: torch.dtype) -> None:
+    eager = numbers(tensors())
+    with DiskMap(file, state_dict_converter=numbers) as lazy:
+        again = pickle.dumps(lazy)
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(default)
+            found = [{name: opened[name] for name in opened} for opened in (lazy, pickle.loads(again))]
+        finally:
+            torch.set_default_dtype(before)
+    for name, expected in eager.items():
+        for values in found:
+            assert_same(values[name], expected)
 
 
 def test_pickling_carries_what_was_recorded(file: str) -> None:

@@ -1,5 +1,6 @@
 """Values: dtypes, destinations, parts, threads, memory."""
 
+import contextlib
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from safemap._dtypes import TORCH_DTYPES
 from safemap.testing import assert_same, safetensors_bytes
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 FLOATS = [dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize > 1]
 EIGHT_BITS = [
@@ -134,6 +136,68 @@ def test_read_into_a_parameter(path: str, tensors: dict[str, Tensor]) -> None:
         parameter = torch.nn.Parameter(torch.zeros(64, 32, dtype=dtype))
         DiskMap(path).read_into("blocks.0.weight", parameter)
         assert_same(parameter.detach(), tensors["blocks.0.weight"].to(dtype))
+
+
+def test_a_read_within_a_fake_mode_does_no_harm(path: str, tensors: dict[str, Tensor]) -> None:
+    """What is kept for later reads must be real."""
+    disk_map = DiskMap(path)
+    _cast._table.cache_clear()
+    with FakeTensorMode(), contextlib.suppress(Exception):  # there is no memory to read into
+        disk_map["blocks.0.weight"]
+    with FakeTensorMode(), contextlib.suppress(Exception):
+        _cast._table(torch.float8_e4m3fn, torch.float16, torch.int32)
+    assert_same(disk_map["blocks.0.weight"], tensors["blocks.0.weight"])
+    assert type(_cast._table(torch.float8_e4m3fn, torch.float16, torch.int32)) is Tensor
+
+
+@pytest.fixture
+def flipped(tmp_path: Path, save) -> dict[str, DiskMap]:
+    """Maps with a complex and a real tensor: stored, and computed by a converter."""
+    stored = {"c": torch.tensor([[1 + 2j, 3 - 4j], [5j, 6]]), "r": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    path = save(tmp_path / "flipped.safetensors", stored)
+    maps = {"stored": DiskMap(path)}
+    maps["computed"] = DiskMap(path, state_dict_converter=lambda s: {name: t * 1 for name, t in s.items()})
+    return maps
+
+
+@pytest.mark.parametrize("kind", ["stored", "computed"])
+def test_read_into_conjugate_and_negative_views(kind: str, flipped: dict[str, DiskMap]) -> None:
+    disk_map = flipped[kind]
+    outs = {
+        "c": lambda dtype: torch.zeros(2, 2, dtype=dtype).conj(),
+        "r": lambda dtype: torch._neg_view(torch.zeros(2, 2, dtype=dtype)),
+    }
+    for name, dtypes in {"c": (torch.complex64, torch.complex128), "r": (torch.float32, torch.half)}.items():
+        expected = disk_map[name]
+        for dtype in dtypes:
+            for key in (..., slice(1, 2), (slice(None), slice(1, 2))):
+                out = outs[name](dtype)
+                disk_map.slice(name).read_into(key, out[key])
+                assert_same(out[key].resolve_conj().resolve_neg(), expected[key].to(dtype))
+            whole = disk_map.read_into(name, outs[name](dtype))
+            assert_same(whole.resolve_conj().resolve_neg(), expected.to(dtype))
+    with pytest.raises(ValueError, match="a conjugate or negative view"):
+        bytes_of(outs["c"](torch.complex64))
+
+
+@pytest.mark.parametrize("kind", ["stored", "computed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_read_into_tells_autograd(kind: str, dtype: torch.dtype, flipped: dict[str, DiskMap]) -> None:
+    """A backward pass must not use values that were read after its forward."""
+    disk_map = flipped[kind]
+    reads = [
+        lambda out: disk_map.read_into("r", out),
+        lambda out: disk_map.slice("r").read_into(slice(0, 2), out),
+        lambda out: disk_map.slice("r").read_into((slice(None), slice(0, 1)), out[:, :1]),
+    ]
+    for read in reads:
+        weight = torch.ones(2, 2, dtype=dtype, requires_grad=True)
+        product = (weight * weight).sum()
+        read(weight.detach())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():
+        assert_same(disk_map.read_into("r", torch.ones(2, 2)), disk_map["r"])
 
 
 def test_read_into_the_wrong_shape(path: str) -> None:

@@ -130,6 +130,32 @@ def test_400_shards_under_a_limit_of_256_descriptors(tmp_path: Path, save) -> No
     subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], check=True, timeout=120)
 
 
+MANY_MAPPED = """
+import errno, resource, sys, torch
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from safemap import DiskMap
+from pathlib import Path
+disk_map = DiskMap(Path(sys.argv[1]) / "*.safetensors", mmap=True)
+try:
+    views = {name: disk_map[name] for name in disk_map}
+except OSError as error:
+    assert sys.version_info < (3, 13)
+    assert error.errno == errno.EMFILE
+    assert error.filename.startswith(sys.argv[1])
+    assert "Raise it (`ulimit -n`), or read with mmap=False" in str(error), error
+else:
+    assert sys.version_info >= (3, 13)
+    assert all(view.item() == int(name) for name, view in views.items())
+"""
+
+
+@pytest.mark.slow
+def test_more_mapped_files_than_descriptors(tmp_path: Path, save) -> None:
+    for number in range(80):
+        save(tmp_path / f"{number:03}.safetensors", {str(number): torch.tensor(number)})
+    subprocess.run([sys.executable, "-c", MANY_MAPPED, str(tmp_path)], check=True, timeout=120)
+
+
 @pytest.fixture
 def two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> OpenFiles:
     from safemap import _file

@@ -1,10 +1,14 @@
 """Files of torch.save: read lazily, with strides and nested containers, and nothing executed."""
 
+import errno
 import io
 import os
 import pickle
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -213,6 +217,91 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
 
 
+class _Pair(NamedTuple):
+    x: object
+    y: object
+
+
+class _Holder:
+    """An object that a user has allowed, with a tensor among its attributes."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
+def loaded(path: str) -> dict[str, Any]:
+    """Return what torch loads, or skip the test: older releases refuse some containers."""
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        pytest.skip(f"torch {torch.__version__}: {error}")
+
+
+@pytest.fixture
+def allowed() -> Iterator[None]:
+    with torch.serialization.safe_globals([_Pair, _Holder]):
+        yield
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.filterwarnings("ignore:Typed")
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda: {BASE}, lambda found: next(iter(found))),
+        (lambda: _Pair(BASE, 1), lambda found: found.x),
+        (lambda: _Pair(1, {"deep": [BASE]}), lambda found: found.y["deep"][0]),
+        (lambda: _Holder({"deep": BASE}), lambda found: found.inner["deep"]),
+        (lambda: BASE.untyped_storage(), lambda found: torch.tensor(found.tolist())),
+        (lambda: BASE.storage(), lambda found: torch.tensor(found.tolist())),
+    ],
+    ids=["set", "named tuple", "deep in one", "object", "untyped storage", "typed storage"],
+)
+def test_tensors_in_other_containers_make_the_file_be_read_whole(tmp_path: Path, make, values) -> None:
+    path = saved(tmp_path, {"x": make(), "w": torch.ones(2)})
+    expected = loaded(path)["x"]
+    with pytest.warns(UserWarning, match="read as a whole, because it holds tensors or their memory in"):
+        disk_map = DiskMap(path)
+    assert type(disk_map["x"]) is type(expected)
+    assert_same(values(disk_map["x"]), values(expected))
+    assert_same(disk_map["w"], torch.ones(2))
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5")
+@pytest.mark.filterwarnings("error")
+def test_other_containers_without_tensors_pass_through(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"s": {1, "a"}, "p": _Pair(1, {"k": None}), "w": BASE})
+    loaded(path)
+    disk_map = DiskMap(path)
+    assert (disk_map["s"], disk_map["p"]) == ({1, "a"}, _Pair(1, {"k": None}))
+    assert disk_map.info("w").offset is not None
+
+
+def test_counts_are_not_added_up(tmp_path: Path) -> None:
+    counts = Counter({"x": 2, "y": 3})
+    path = saved(tmp_path, {"counts": counts, "nested": {"counts": counts}, "w": BASE})
+    loaded(path)
+    for opened in (DiskMap(path), DiskMap(path, state_dict_converter=lambda s: s)):
+        found = opened["counts"]
+        assert type(found) is Counter
+        assert found == counts
+        assert opened["nested"]["counts"] == counts
+
+
+def test_a_container_that_contains_itself_is_refused(tmp_path: Path, save_legacy) -> None:
+    cyclic: dict[str, object] = {"w": BASE}
+    cyclic["self"] = cyclic
+    with pytest.raises(FormatError, match=r"m\.pth: holds a container that contains itself"):
+        DiskMap(saved(tmp_path, cyclic))
+    with (
+        pytest.warns(UserWarning, match="read as a whole"),
+        pytest.raises(FormatError, match=r"old\.pth: holds a container that contains itself"),
+    ):
+        DiskMap(save_legacy(tmp_path / "old.pth", cyclic))
+
+
 def rewritten(path: str, change) -> str:
     """Write the archive anew, its members passed through *change(name, data) -> data or None*."""
     members = {}
@@ -254,6 +343,42 @@ def test_truncated_archive(tmp_path: Path) -> None:
         file.truncate(os.path.getsize(path) - 30)
     with pytest.raises(FormatError, match="a damaged zip archive"):
         DiskMap(path)
+
+
+def test_damage_that_the_zip_module_meets(tmp_path: Path) -> None:
+    no_text = rewritten(
+        saved(tmp_path, {"w": BASE}), lambda name, data: b"\xb8" if "byteorder" in name else data
+    )
+    with pytest.raises(FormatError, match=r"m\.pth: a damaged zip archive: UnicodeDecodeError"):
+        DiskMap(no_text)
+    path = Path(saved(tmp_path, {"w": BASE}))
+    content = path.read_bytes()
+    entry = content.index(b"PK\x01\x02")  # of the directory at the end: what it takes to unpack, and a place
+    for position, value, error in ((entry + 6, 197, "NotImplementedError"), (entry + 45, 0xFF, "")):
+        path.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
+        with pytest.raises(FormatError, match=rf"m\.pth: a damaged zip archive: {error}"):
+            DiskMap(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as a whole")
+def test_damaged_legacy_files(tmp_path: Path, save_legacy) -> None:
+    path = Path(save_legacy(tmp_path / "old.pth", {"w": BASE, "b": torch.ones(3)}))
+    content = path.read_bytes()
+    for length in range(2, len(content), 5):
+        path.write_bytes(content[:length])
+        with pytest.raises(FormatError, match=r"old\.pth"):
+            DiskMap(path)
+
+
+def test_errors_of_the_system_are_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        DiskMap(saved(tmp_path, {"w": BASE}))
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript|.*torch.jit:DeprecationWarning")

@@ -17,6 +17,7 @@ Note [Aliasing]
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from safemap._buffers import array_type
 
@@ -34,8 +35,9 @@ class Blank:
     __slots__ = ("at", "template")
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
-        self.template = torch.empty(shape, dtype=dtype, device="cpu")
-        self.template.untyped_storage().resize_(0)
+        with no_dispatch():  # within a mode such as FakeTensorMode it would stay a fake one, for good
+            self.template = torch.empty(shape, dtype=dtype, device="cpu")
+            self.template.untyped_storage().resize_(0)
         #: address -> the memory there, as a buffer
         self.at = array_type(nbytes).from_address
 

@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from safemap._first_touch import first_touch
 from safemap._locks import ForkSafe
@@ -185,15 +186,40 @@ def array_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
     return ctypes.c_char * nbytes  # making the type takes longer than reading 100 KB
 
 
+def has_plain_bytes(tensor: Tensor) -> bool:
+    """Tell whether the bytes of *tensor* in memory, in order, are its elements.
+
+    Those of a conjugate or negative view are what has to be flipped first.
+    """
+    is_flipped = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not is_flipped
+
+
+def assign(out: Tensor, tensor: Tensor) -> None:
+    """Copy *tensor* to *out*, converting to its dtype."""
+    # torch forgets to negate where it converts on the way to a negative view (seen in 2.13)
+    out.copy_(tensor.to(out.dtype) if out.is_neg() else tensor)
+
+
+def note_write(tensor: Tensor) -> None:
+    """Tell autograd that the memory of *tensor* is being written to, as every operator of torch does.
+
+    Otherwise a backward pass that saved the tensor would use the new values, silently.
+    """
+    if not tensor.is_inference():  # those have no version
+        increment_version(tensor)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes.
 
     The view does not keep the tensor alive: hold it.  (``tensor.numpy()`` would do, but torch works without
     numpy.)
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not has_plain_bytes(tensor):
+        what = "a conjugate or negative view with" if tensor.is_conj() or tensor.is_neg() else "one with"
         raise ValueError(
-            f"expected a contiguous CPU tensor; got strides {tensor.stride()} on {tensor.device}"
+            f"expected a contiguous CPU tensor; got {what} strides {tensor.stride()} on {tensor.device}"
         )
     array = array_type(tensor.numel() * tensor.element_size()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from safemap._dtypes import TORCH_DTYPES
 from safemap._errors import MismatchError
@@ -79,5 +80,6 @@ def _conversion(stored: torch.dtype, out: Tensor) -> Convert:
 @functools.lru_cache(maxsize=8)
 def _table(stored: torch.dtype, wanted: torch.dtype, pairs: torch.dtype) -> Tensor:
     """Return the converted value of every pair of bytes, indexed by the pair as a 16-bit number."""
-    every_pair = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
-    return every_pair.view(torch.uint8).view(stored).to(wanted).view(pairs)
+    with no_dispatch():  # it is kept: a mode such as FakeTensorMode must not make a fake one of it
+        every_pair = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
+        return every_pair.view(torch.uint8).view(stored).to(wanted).view(pairs)

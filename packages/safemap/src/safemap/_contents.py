@@ -81,7 +81,8 @@ def map_leaves(tree: object, change: Callable[[Any], Any]) -> Any:
 
 def _like(original: dict[Any, Any], changed: dict[Any, Any]) -> dict[Any, Any]:
     result = original.copy()  # an OrderedDict or defaultdict stays one
-    result.update(changed)
+    for key, value in changed.items():  # `update` would add to a Counter
+        result[key] = value
     return result
 
 

@@ -2,10 +2,18 @@
 
 The converter runs once, on a plain dict of lazy tensors; what it did is kept as views of recorded
 operations, and evaluated name by name.  No tensor is read, unless the converter looks at values.
+
+Note [Converters of names]
+    Some converters were written for ``{name: name}`` instead.  One that does not get along with tensors is
+    called again, with names.  A mistake in one for tensors must not be hidden by that, since it would succeed
+    where what it does to tensors stands behind ``isinstance(value, Tensor)``.  So the second call counts only
+    if the first did nothing with tensors, failed for lack of what a string has, and if the second did
+    with a name what strings are for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +117,10 @@ def convert(
     except Exception as error:
         if recorder.failure and isinstance(recorder.failure[0], ConverterError):
             raise recorder.failure[0] from error  # Python turns a TypeError in an operator into another one
-        names = _on_names(sources, converter) if isinstance(error, (AttributeError, TypeError)) else None
-        if names is not None:
-            return Converted(label, names)
+        if not recorder.was_used and _wanted_names(error):
+            names = _on_names(sources, converter, error)
+            if names is not None:
+                return Converted(label, names)
         during = f" at {recorder.failure[1]}" if recorder.failure and recorder.failure[0] is error else ""
         raise ConverterError(
             f"the state_dict_converter {label} failed{during}: {type(error).__name__}: {error}"
@@ -176,10 +185,44 @@ def _about_opaque(sources: Sources) -> str:
     return f". Tensors stored as {', '.join(codes)} can be passed on by a converter, not computed with."
 
 
-class _Name(str):
-    """A name that stands for its tensor: it may be passed on, and nothing else."""
+#: what is in the message of a TypeError where a tensor was taken for a string: tensors, too, have a ``split``
+_ABOUT_STRINGS = re.compile(r"\bstr\b|string|\bsplit")
+#: how Python and its library say that they want a string
+_WANTS_STRING = re.compile(
+    r"expected (a )?str|must be (a )?str|string or bytes|requires string|for 'str' objects"
+)
 
-    __slots__ = ()
+
+def _wanted_names(error: Exception) -> bool:
+    """Tell whether a converter failed because it was given tensors where it expected names."""
+    if isinstance(error, AttributeError):
+        return error.name is not None and hasattr(str, error.name)
+    return isinstance(error, TypeError) and bool(_ABOUT_STRINGS.search(str(error)))
+
+
+class _Name(str):
+    """A name that stands for its tensor: it may be passed on, and looked at as a string is."""
+
+    uses: list[str]  # shared by all names of one call
+
+    def __new__(cls, name: str, uses: list[str]) -> _Name:
+        self = super().__new__(cls, name)
+        self.uses = uses
+        return self
+
+    def __getattribute__(self, attribute: str) -> Any:
+        found = super().__getattribute__(attribute)
+        if not attribute.startswith("__") and hasattr(str, attribute):
+            self.uses.append(attribute)
+        return found
+
+    def __add__(self, other: str) -> str:
+        self.uses.append("+")
+        return super().__add__(other)
+
+    def __radd__(self, other: str) -> str:
+        self.uses.append("+")
+        return other + str(self)
 
     def __getitem__(self, key: Any) -> str:
         raise TypeError("a name stands for a tensor here; it has no parts")
@@ -188,12 +231,22 @@ class _Name(str):
         raise TypeError("a name stands for a tensor here; it has no length")
 
 
-def _on_names(sources: Sources, converter: StateDictConverter) -> dict[Any, Any] | None:
-    """Call a converter that takes ``{name: name}``; return None if it does not only pass names on."""
+def _on_names(sources: Sources, converter: StateDictConverter, error: Exception) -> dict[Any, Any] | None:
+    """Call a converter that takes ``{name: name}``; return None if it does not only pass names on.
+
+    Args:
+        sources: The checkpoint.
+        converter: As for ``convert``.
+        error: What it raised when it was called with tensors; see Note [Converters of names].
+    """
     known = sources.outputs()
+    uses: list[str] = []
     try:
-        result = converter({name: _Name(name) for name in known if isinstance(name, str)})
+        result = converter({name: _Name(name, uses) for name in known if isinstance(name, str)})
     except Exception:
+        return None
+    # what a function in C does with a string is not seen
+    if not uses and not (isinstance(error, TypeError) and _WANTS_STRING.search(str(error))):
         return None
     if not isinstance(result, Mapping) or not all(
         isinstance(value, str) and value in known for value in result.values()

@@ -14,6 +14,7 @@ Note [Changed files]
     is replaced by renaming another over it stays readable: the descriptor keeps the old one alive.
 """
 
+import errno
 import os
 import stat
 import weakref
@@ -131,6 +132,8 @@ class File:
             if os.path.isdir(self.path):  # Windows
                 raise FormatError(f"{self.path}: a directory, not a file") from None
             raise PermissionError(error.errno, f"{error.strerror}: not allowed to read", self.path) from None
+        except OSError as error:
+            raise explained(error, self.path) from None
         status = os.fstat(descriptor.fd)
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(
@@ -173,6 +176,19 @@ class OpenFiles(ForkSafe):
                 file.descriptor = descriptor
                 holders.append(file)
             self._files = [weakref.ref(holder) for holder in holders]
+
+
+def explained(error: OSError, path: str) -> OSError:
+    """Return *error* with its file, and with what to do if the process may not open more files."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return error
+    return OSError(
+        error.errno,
+        f"{error.strerror}: the limit of this {'process' if error.errno == errno.EMFILE else 'system'} is "
+        "reached. Raise it (`ulimit -n`), or read with mmap=False, which keeps few files open: before Python "
+        "3.13 each mapped file has a descriptor of its own",
+        path,
+    )
 
 
 def _default_limit() -> int:

@@ -8,6 +8,12 @@ Note [Deep graphs]
     Evaluation is recursive: the pieces of a result are made one after the other, so that only one of them
     exists beside it.  A loop that writes a thousand times makes a graph that is deeper than Python's stack,
     so operations at every ``_STEP``-th level are run beforehand, from the bottom.
+
+Note [State of the process]
+    What was recorded is what operators were given, below autocast and with the default dtype of that time.
+    So they are run without autocast.  The default dtype cannot be set for one thread alone.  It decides in
+    which dtype operators compute with integers, which come to the same by being converted first, to the dtype
+    that was recorded.
 """
 
 from __future__ import annotations
@@ -20,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from safemap._buffers import assign, has_plain_bytes, note_write
 from safemap._errors import ConverterError
 from safemap._file import File
 from safemap._lazy_content import Fill, Held, Piece, Result, Source
 from safemap._lazy_graph import Operation, OutputInfo, View, Whole, replace_leaves, source_ranges
 
 _STEP = 32
+_without_autocast: Any = torch._C._DisableAutocast  # for every kind of device, on this thread
 
 
 class StoredBytes(Protocol):
@@ -103,11 +111,11 @@ class Evaluation:
 
     def result_into(self, view: View, out: Tensor) -> None:
         """Write a view into *out*, of the same shape, converting to its dtype."""
-        direct = out.device.type == "cpu" and out.is_contiguous() and view.is_row_major
-        if direct and view.device.type == "cpu":
+        if has_plain_bytes(out) and view.is_row_major and view.device.type == "cpu":
+            note_write(out)
             self._fill(view.hull(), view.dtype, out.view(-1))
         else:
-            out.copy_(self._tensor(view, view.needed()))
+            assign(out, self._tensor(view, view.needed()))
 
     def _argument(self, view: View) -> Tensor:
         tensor = self._tensors.get(view)
@@ -228,7 +236,10 @@ class Evaluation:
 
         args, kwargs = replace_leaves((operation.args, operation.kwargs), (View, Whole), argument)
         try:
-            outputs = operation.function(*args, **kwargs)
+            with _without_autocast():
+                outputs = operation.function(*args, **kwargs)
+                if buffer is None and _has_another_dtype(outputs, operation):  # Note [State of the process]
+                    outputs = _of_integers(operation, args, kwargs, outputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -246,6 +257,26 @@ class Evaluation:
             None if info is None else _memory_of(leaf, info, operation, taken)
             for leaf, info in zip(tree_leaves(outputs), operation.outputs, strict=True)
         ]
+
+
+def _has_another_dtype(outputs: Any, operation: Operation) -> bool:
+    return any(
+        info is not None and leaf.dtype != info.dtype
+        for leaf, info in zip(tree_leaves(outputs), operation.outputs, strict=True)
+    )
+
+
+def _of_integers(operation: Operation, args: Any, kwargs: Any, outputs: Any) -> Any:
+    """Return what an operator makes of integers, in the dtype that was recorded; else *outputs*."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    dtypes = {info.dtype for info in operation.outputs if info is not None}
+    if len(dtypes) != 1 or any(t.dtype.is_floating_point or t.dtype.is_complex for t in tensors):
+        return outputs
+    (dtype,) = dtypes
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return outputs
+    args, kwargs = replace_leaves((args, kwargs), Tensor, lambda tensor: tensor.to(dtype))
+    return operation.function(*args, **kwargs)
 
 
 def _in_dtype(found: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,7 @@ class Recorder:
         self.forced_nbytes = 0
         self.failure: tuple[BaseException, str] | None = None  # the last one, and the call it is from
         self.refused: ConverterError | None = None  # the first one; an operator such as += may have hidden it
+        self.was_used = False  # an operation was applied, or values were read
         self._evaluate = evaluate
         self._lock = threading.RLock()  # a converter may use threads
 
@@ -89,6 +90,7 @@ class Recorder:
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what *function* does, without data where that is possible."""
         with self._lock:
+            self.was_used = True
             args, kwargs = tree_map(self._own, (args, kwargs))
             try:
                 self.failure = None
@@ -247,6 +249,7 @@ class Recorder:
         Raises:
             ConverterError: more would be read than is allowed.
         """
+        self.was_used = True
         nbytes = sum(stop - start for found in source_ranges([view]).values() for start, stop in found)
         if nbytes:
             total = self.forced_nbytes + nbytes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from safemap._blocks import blocks
-from safemap._file import Descriptor, File
+from safemap._file import Descriptor, File, explained
 from safemap._layout import Entry, Layout
 from safemap._locks import ForkSafe
 from safemap._madvise import NORESERVE
@@ -195,3 +195,5 @@ def _map(file: File, descriptor: Descriptor) -> mmap.mmap:
     except ValueError:  # the file has become shorter since it was looked at
         file.check_unchanged(descriptor)
         raise
+    except OSError as error:
+        raise explained(error, file.path) from None

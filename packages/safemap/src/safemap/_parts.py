@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from safemap._buffers import assign
 from safemap._layout import Entry
 from safemap._lazy_value import Computed
 from safemap._read import Reader
@@ -63,7 +64,7 @@ class _PartInMemory:
         return self.reader.finish(self.name, self._cut(cuts).clone())
 
     def read_into(self, cuts: Cuts, out: Tensor) -> None:
-        out.copy_(self._cut(cuts))
+        assign(out, self._cut(cuts))
 
     def nbytes(self, cuts: Cuts) -> int:
         return 0

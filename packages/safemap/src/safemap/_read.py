@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safemap._blank import skip_for
-from safemap._buffers import MIB, BufferPool, bytes_of
+from safemap._buffers import MIB, BufferPool, assign, bytes_of, has_plain_bytes, note_write
 from safemap._cast import check_cast, read_cast
 from safemap._errors import MismatchError, UnsupportedTensorError
 from safemap._file import File
@@ -102,9 +102,10 @@ class Reader:
         dtype = layout.read_dtype(name, file.path)
         _check_destination(name, layout.shape, dtype, out)
         with torch.no_grad():
-            if out.device.type != "cpu" or not out.is_contiguous() or layout.stride is not None:
+            if not has_plain_bytes(out) or layout.stride is not None:
                 out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
                 return
+            note_write(out)  # before, since a read that fails may have written some of it
             self._ask(file, offset, layout.nbytes)
             if layout.blocks is not None:
                 self._decode(name, entry, out.detach())
@@ -115,7 +116,7 @@ class Reader:
         """Do what ``read_into`` does with a tensor that is in memory."""
         _check_destination(name, tuple(tensor.shape), tensor.dtype, out)
         with torch.no_grad():
-            out.copy_(tensor)
+            assign(out, tensor)
 
     def read_ranges(self, name: str, entry: Entry, cuts: Cuts) -> Tensor:
         """Return ``tensor[start:stop, ...]``, in the dtype and on the device of the target."""
@@ -141,11 +142,13 @@ class Reader:
             return
         stored = layout.torch_dtype(name, file.path)
         run = contiguous_run(layout.shape, cuts)
-        if out.device.type != "cpu" or not out.is_contiguous() or (run is None and out.dtype != stored):
+        if not has_plain_bytes(out) or (run is None and out.dtype != stored):
             part = self._part(cuts, stored, pin=out.device.type == "cuda")
             self.read_ranges_into(name, entry, cuts, part)
-            out.copy_(part)
-        elif run is not None:
+            assign(out, part)
+            return
+        note_write(out)
+        if run is not None:
             start = offset + run[0] * stored.itemsize
             self._ask(file, start, out.numel() * stored.itemsize)
             self._fill(file, start, stored, out)

@@ -5,6 +5,8 @@ the structure, ``NAME/data/KEY`` the bytes.  The structure is unpickled with sto
 that strides and offsets come out of torch's own rebuilding.  Only ``data.pkl`` is read, and no code is run.
 """
 
+import errno
+import gc
 import io
 import os
 import pickle
@@ -12,6 +14,8 @@ import struct
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from torch._weights_only_unpickler import Unpickler
 
 from safemap._contents import Stored, map_leaves
 from safemap._dtypes import CODES
-from safemap._errors import FormatError
+from safemap._errors import FormatError, SafemapError
 from safemap._file import File
 from safemap._layout import Layout
 from safemap._positional import read_bytes
@@ -30,6 +34,12 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name 
 
 _new_storage: Any = torch.UntypedStorage  # torch does not type their constructors
 _new_typed_storage: Any = torch.storage.TypedStorage
+
+
+_STORAGES = (torch.UntypedStorage, torch.storage.TypedStorage)
+#: what is known to hold no tensors, and is in nearly every checkpoint
+_PLAIN_TYPES = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
+_CODE = (type, ModuleType, FunctionType, BuiltinFunctionType)
 
 
 class _NotLazy(Exception):
@@ -42,12 +52,14 @@ def read_zip(file: File) -> Any:
     try:
         with io.FileIO(os.dup(descriptor.fd)) as raw, zipfile.ZipFile(raw) as archive:
             return _Archive(file, archive).read()
-    except zipfile.BadZipFile as error:
-        raise FormatError(
-            f"{file.path}: a damaged zip archive: {error}. Write or download it again."
-        ) from None
     except _NotLazy as reason:
         return _load_whole(file, str(reason))
+    except Exception as error:
+        if not _tells_of_damage(error):
+            raise
+        raise FormatError(
+            f"{file.path}: a damaged zip archive: {_described(error)}. Write or download it again."
+        ) from error
 
 
 def read_legacy(file: File) -> Any:
@@ -66,15 +78,54 @@ def _load_whole(file: File, reason: str) -> Any:
         with open(os.dup(descriptor.fd), "rb") as raw:
             raw.seek(0)
             tree = torch.load(raw, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch and the unpickler raise all kinds of errors on malformed input
+        if not _tells_of_damage(error):
+            raise
         raise _unpickling_error(file, error) from error
     file.check_unchanged(descriptor)
-    return map_leaves(tree, _plain)
+    return _mapped(file, tree, _plain)
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Tell whether an error is about the contents of a file, not about the system, nor explained already."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.EINVAL)  # of a seek to where no position can be
+    return not isinstance(error, (SafemapError, MemoryError))
+
+
+def _described(error: Exception) -> str:
+    return (
+        _shown(error) if isinstance(error, zipfile.BadZipFile) else f"{type(error).__name__}: {_shown(error)}"
+    )
+
+
+def _mapped(file: File, tree: Any, change: Callable[[Any], Any]) -> Any:
+    try:
+        return map_leaves(tree, change)
+    except RecursionError:
+        raise FormatError(
+            f"{file.path}: holds a container that contains itself, or containers nested more deeply than "
+            "Python can follow; expected a dict from names to tensors. Save its state dict alone."
+        ) from None
 
 
 def _plain(leaf: Any) -> Any:
     """Return tensors without gradient, and with bytes that mean what they say."""
     return leaf.detach().resolve_conj().resolve_neg() if isinstance(leaf, Tensor) else leaf
+
+
+def _holds_tensors(thing: object) -> bool:
+    """Tell whether a tensor or a storage can be reached from an object of any kind."""
+    pending, seen = [thing], {id(thing)}
+    while pending:
+        found = pending.pop()
+        if isinstance(found, (Tensor, *_STORAGES)):
+            return True
+        for inner in gc.get_referents(found):
+            if id(inner) not in seen and type(inner) not in _PLAIN_TYPES and not isinstance(inner, _CODE):
+                seen.add(id(inner))
+                pending.append(inner)
+    return False
 
 
 class _Archive:
@@ -118,7 +169,7 @@ class _Archive:
             raise _unpickling_error(self.file, error) from error
         finally:
             del unchecked[others:]
-        return map_leaves(tree, self._stored)
+        return _mapped(self.file, tree, self._stored)
 
     def _meta_storage(self, saved_id: tuple[Any, ...]) -> Any:
         kind, storage_type, key, _location, numel = saved_id
@@ -130,7 +181,11 @@ class _Archive:
         return _new_typed_storage(wrap_storage=storage, dtype=dtype, _internal=True)
 
     def _stored(self, leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or leaf.device.type != "meta":
+        if not isinstance(leaf, Tensor):
+            if type(leaf) not in _PLAIN_TYPES and _holds_tensors(leaf):
+                raise _NotLazy(f"it holds tensors or their memory in an object of {type(leaf)}")
+            return leaf
+        if leaf.device.type != "meta":
             return leaf
         if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided or leaf.is_quantized:
             raise _NotLazy(f"it holds a {type(leaf).__name__} of layout {leaf.layout}")
