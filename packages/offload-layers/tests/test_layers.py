@@ -508,3 +508,20 @@ def test_what_leaves_in_inference_mode_can_be_trained_afterwards() -> None:
     with torch.enable_grad():
         model(torch.randn(2, 4)).sum().backward()
     model.load_state_dict(model.state_dict())
+
+
+def test_what_was_fetched_ahead_for_layers_that_stay_is_dropped() -> None:
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
+    config = {f"{role}_{what}": "disk" for role in ("offload", "onload") for what in ("dtype", "device")}
+    config |= {f"{role}_device": "cpu" for role in ("preparing", "computation")}
+    config |= {f"{role}_dtype": torch.float32 for role in ("preparing", "computation")}
+    source = CountingSource(model.state_dict())
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, 4 * 80 / GIB, source)
+    budget = with_own_budget(model)
+    for _ in range(2):
+        model(torch.randn(2, 4))
+    for layer in model:
+        layer.vram_limit = None
+    for _ in range(2):
+        model(torch.randn(2, 4))
+    assert budget.statistics().lent_nbytes == 8 * 80

@@ -90,6 +90,16 @@ def test_a_smaller_slab_where_memory_is_short(
     assert len(slabs._slab) == SLAB
 
 
+def test_what_torch_keeps_is_released_before_anything_is_refused(
+    slabs: PinnedSlabs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [SLAB, 10 * SLAB]
+    monkeypatch.setattr(_pinned, "available_ram", lambda: free[0])
+    monkeypatch.setattr(_pinned, "_release_kept", lambda: free.pop(0))
+    tensor = torch.ones(3)
+    assert slabs.lock(tensor) is not tensor
+
+
 @pytest.mark.parametrize("kind", ["channels last", "transposed", "with gaps", "expanded", "part"])
 def test_strides_are_those_of_an_ordinary_copy(
     ring: PinnedRing, slabs: PinnedSlabs, monkeypatch: pytest.MonkeyPatch, kind: str

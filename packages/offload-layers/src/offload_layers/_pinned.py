@@ -78,6 +78,9 @@ class PinnedSlabs:
         size = max(least, min(LARGEST_SLAB, 1 << max(0, (self._total // 2).bit_length() - 1)))
         try:
             available = available_ram()  # what is page-locked is lost to everybody else
+            if available < 2 * size:  # torch keeps what was given back to it, for whoever wants as much
+                _release_kept()
+                available = available_ram()
             size = size if available >= 2 * size else least
             if available < 2 * size:
                 return None
@@ -114,6 +117,13 @@ def _buffer_nbytes(nbytes: int) -> int:
 
 def _page_locked(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _release_kept() -> None:
+    """Have torch give the system the page-locked memory that nobody uses."""
+    release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if release is not None and torch.accelerator.is_available():
+        release()
 
 
 def _reason(error: Exception) -> str:

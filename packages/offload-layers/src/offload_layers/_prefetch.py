@@ -149,6 +149,12 @@ class _Queue:
             position += 1
         return self._take(position)
 
+    def drop(self, layer: Fetchable) -> None:
+        """Drop the fetch for *layer*, if there is one."""
+        ahead = self.take_out(layer)
+        if ahead is not None:
+            self._drop(ahead)
+
     def drop_before(self, layer: Fetchable) -> None:
         """Drop what should have been used before *layer*, or everything if nothing is ahead for it."""
         reference = weakref.ref(layer)
@@ -282,6 +288,12 @@ class Prefetcher:
                 queue.add(ahead)
                 queue.end = place
             queue.pass_over(near)  # they were asked for just now
+
+    def drop_for(self, layer: Fetchable) -> None:
+        """Drop what was fetched ahead for *layer*, which has no need of it any more."""
+        with self._lock:
+            for queue in list(self._queues):
+                queue.drop(layer)
 
     def forget(self, *, waits: bool = True) -> None:
         """Drop everything that was fetched ahead.

@@ -340,6 +340,8 @@ class Resting:
             raise
         finally:
             self._expose_if_resident()
+        if self.resident and self.schedule is not None:
+            self.schedule.prefetcher.drop_for(self)  # type: ignore[arg-type]  # a Residency
 
     def _retrying(self, attempt: Callable[[], Result], doing: str = "bringing the weights of") -> Result:
         """Run *attempt*, and if the device is full once more after others have left: `Budget.retrying`."""
