@@ -5,8 +5,10 @@ transformer of some gigabytes at two token counts under limits from 2 GB to none
 beside DiffSynth-Studio, accelerate and diffusers where they are installed.
 
 A row tells the seconds of a forward (median) and their ratio to the floor, which is the larger of computation
-and bytes over bus, the most memory that torch had, and what the driver saw. ``!`` marks outputs that are not
-those of the plain model, as those of weights kept in eight bits must be. The peak is that of the forwards
+and bytes over bus, the most memory that tensors and other programs had, and what the driver saw. ``!`` marks
+outputs that are not those of the plain model, as those of weights kept in eight bits must be, and ``?`` those
+that were not compared, as the plain model did not fit. Weights of "locked" come from a source and wait in
+page-locked memory; those of the other rows wait where the model has them. The peak is that of the forwards
 that are timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how
 often torch asked the driver for memory while it was timed: 0 if what has passed through is used again.
 Weights "from disk" are in the page cache, one gigabyte of them may be in host memory. "Predicted" is what a
@@ -27,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from disk_offload import diffsynth_layers, module_map
@@ -43,6 +45,27 @@ CONFIG: dict[str, int] = {
 }
 HALF, EIGHT = torch.bfloat16, torch.float8_e4m3fn
 LIMITS = (2, 4, 8)  # GB
+
+
+class Subject(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: In the table.
+        stays_nbytes: What need not cross the bus in a forward; None: all may stay.
+        make: Manages a plain model.
+        bits: Of an element that crosses the bus.
+        limit_nbytes: Of the device's memory; None: no limit.
+    """
+
+    name: str
+    stays_nbytes: int | None
+    make: "Make"
+    bits: int = 16
+
+    @property
+    def limit_nbytes(self) -> int | None:
+        return self.stays_nbytes or None
 
 
 class Driver:
@@ -69,12 +92,18 @@ class Driver:
         if self.has_memory:
             self.module.reset_peak_memory_stats(self.device)
 
-    def mallocs(self) -> int:
-        """How often torch has asked the driver for memory."""
-        return int(self.module.memory_stats(self.device).get("num_device_alloc", 0)) if self.has_memory else 0
+    def mallocs(self) -> int | None:
+        """How often torch has asked the driver for memory, where it tells."""
+        stats = self.module.memory_stats(self.device) if self.has_memory else {}
+        return stats.get("num_device_alloc")  # type: ignore[no-any-return]
 
     def peak(self) -> int:
-        return int(self.module.max_memory_allocated(self.device)) if self.has_memory else 0
+        """Bytes that tensors took at most, with what others have now: a limit counts both."""
+        if not self.has_memory:
+            return 0
+        free, total = self.free_and_total()
+        others = total - free - self.module.memory_reserved(self.device)
+        return int(self.module.max_memory_allocated(self.device) + others)
 
     def name(self) -> str:
         return str(self.module.get_device_name(self.device)) if self.has_memory else platform.processor()
@@ -186,7 +215,7 @@ def ours(device: torch.device, limit: int | None, storage: torch.dtype | None = 
     return make
 
 
-def from_disk(device: torch.device, limit: int, file: Path) -> Make:
+def from_source(device: torch.device, limit: int, file: Path, ram: int | str) -> Make:
     def make(model: nn.Module, arguments: Inputs) -> Any:
         import offload_layers
         from safemap import DiskMap
@@ -195,7 +224,7 @@ def from_disk(device: torch.device, limit: int, file: Path) -> Make:
             skeleton(),
             device=device,
             vram=limit,
-            ram=GB,
+            ram=ram,
             source=DiskMap(file),
             dtype=HALF,
             inputs=arguments,
@@ -248,31 +277,30 @@ def diffusers(device: torch.device, level: str) -> Make:
     return make
 
 
-def subjects(device: torch.device, file: Path) -> list[tuple[str, int | None, Make]]:
-    found: list[tuple[str, int | None, Make]] = [
-        ("plain, resident", None, lambda model, _: model.to(device)),
-        ("offload-layers, no limit", None, ours(device, None)),
+def subjects(device: torch.device, file: Path) -> list[Subject]:
+    found = [
+        Subject("plain, resident", None, lambda model, _: model.to(device)),
+        Subject("offload-layers, all free memory", None, ours(device, None)),
     ]
-    found += [(f"offload-layers, {limit} GB", limit * GB, ours(device, limit * GB)) for limit in LIMITS]
-    found.append(("offload-layers, fp8, 4 GB", 4 * GB, ours(device, 4 * GB, EIGHT)))
-    found.append(("offload-layers, from disk, 4 GB", 4 * GB, from_disk(device, 4 * GB, file)))
+    found += [Subject(f"offload-layers, {n} GB", n * GB, ours(device, n * GB)) for n in LIMITS]
+    found.append(Subject("offload-layers, locked, 4 GB", 4 * GB, from_source(device, 4 * GB, file, "auto")))
+    found.append(Subject("offload-layers, fp8, 4 GB", 4 * GB, ours(device, 4 * GB, EIGHT), bits=8))
+    found.append(Subject("offload-layers, from disk, 4 GB", 4 * GB, from_source(device, 4 * GB, file, GB)))
     if device.type != "cpu":  # its limit asks the driver
-        found += [
-            (f"DiffSynth-Studio, {limit} GB", limit * GB, diffsynth(device, limit * GB)) for limit in LIMITS
-        ]
-    found.append(("accelerate, cpu_offload", None, accelerate(device)))
-    found += [(f"diffusers, {level}, stream", None, diffusers(device, level)) for level in ("block", "leaf")]
+        found += [Subject(f"DiffSynth-Studio, {n} GB", n * GB, diffsynth(device, n * GB)) for n in LIMITS]
+    found.append(Subject("accelerate, cpu_offload", 0, accelerate(device)))
+    found += [Subject(f"diffusers, {x}, stream", 0, diffusers(device, x)) for x in ("block", "leaf")]
     return found
 
 
 @torch.no_grad()
 def measure(
-    make: Make, weights: dict[str, torch.Tensor], driver: Driver, tokens: int, limit: int | None, bus: float
+    subject: Subject, weights: dict[str, torch.Tensor], driver: Driver, tokens: int, bus: float
 ) -> dict[str, Any]:
     driver.forget()
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     arguments = inputs(tokens, driver.device)
-    model = make(build(weights), arguments)
+    model = subject.make(build(weights), arguments)
     plan = getattr(model, "plan", None)
     predicted_s = None if plan is None else plan.predict().total_s
     predicted_nbytes = None if plan is None else plan.peak_device_nbytes + plan.work.activations_nbytes
@@ -284,17 +312,19 @@ def measure(
     mallocs = driver.mallocs()
     forward_s = seconds(driver, lambda: model(**arguments), 5)
     free, total = driver.free_and_total()
+    stays, after = subject.stays_nbytes, driver.mallocs()
+    crossing = 0 if stays is None else max(0, nbytes * subject.bits // 16 - stays)
     return {
         "tokens": tokens,
-        "limit_nbytes": limit,
+        "limit_nbytes": subject.limit_nbytes,
         "forward_s": forward_s,
-        "bus_floor_s": 0.0 if limit is None else max(0, nbytes - limit) / bus,
+        "bus_floor_s": crossing / bus,
         "peak_allocated_nbytes": driver.peak(),
         "first_peak_allocated_nbytes": first_peak,
         "predicted_s": predicted_s,
         "predicted_peak_nbytes": predicted_nbytes,
         "driver_nbytes": total - free,
-        "mallocs": driver.mallocs() - mallocs,
+        "mallocs": None if after is None or mallocs is None else after - mallocs,
         "output": output.float().cpu(),
     }
 
@@ -311,12 +341,13 @@ def measure_all(
     rows = []
     for tokens in tokens_of_rows:
         plain_s, expected = 0.0, None
-        for name, limit, make in subjects(driver.device, file):
+        for subject in subjects(driver.device, file):
+            name, limit = subject.name, subject.limit_nbytes
             if time.perf_counter() > end:
                 print(f"{name:30} {tokens:>7} left out: the time is up", flush=True)
                 continue
             try:
-                row = measure(make, weights, driver, tokens, limit, rates["host_to_device_bytes_per_s"])
+                row = measure(subject, weights, driver, tokens, rates["host_to_device_bytes_per_s"])
             except Exception as error:  # of peers that are not installed, or want what is not there
                 reason = str(error).partition("\n")[0]
                 print(f"{name:30} {tokens:>7} {type(error).__name__}: {reason}", flush=True)
@@ -325,21 +356,21 @@ def measure_all(
             if name == "plain, resident":
                 plain_s, expected = row["forward_s"], output
             row["subject"] = name
-            row["identical"] = expected is not None and bool(torch.equal(output, expected))
+            row["identical"] = None if expected is None else bool(torch.equal(output, expected))
             floor = max(plain_s, row["bus_floor_s"]) or row["forward_s"]
             row["over_floor"] = row["forward_s"] / floor
             rows.append(row)
             cells = (
                 f"{row['forward_s']:.3f}",
                 f"{plain_s:.3f}",
-                f"{row['over_floor']:.2f}" + ("" if row["identical"] else "!"),
+                f"{row['over_floor']:.2f}" + {True: "", False: "!", None: "?"}[row["identical"]],
                 "-" if limit is None else f"{limit / GB:.0f}",
                 "-" if row["predicted_s"] is None else f"{row['predicted_s']:.3f}",
                 f"{row['peak_allocated_nbytes'] / GB:.2f}",
                 f"{row['first_peak_allocated_nbytes'] / GB:.2f}",
                 "-" if row["predicted_s"] is None else f"{row['predicted_peak_nbytes'] / GB:.2f}",
                 f"{row['driver_nbytes'] / GB:.2f}",
-                str(row["mallocs"]),
+                "-" if row["mallocs"] is None else str(row["mallocs"]),
             )
             print(LINE.format(name, tokens, *cells), flush=True)
     return rows
@@ -356,7 +387,9 @@ def main() -> None:
     options = parser.parse_args()
     CONFIG.update(num_layers=options.layers, num_attention_heads=options.heads)
     end = time.perf_counter() + options.seconds
-    device = torch.device("cpu") if options.device == "cpu" else torch.device(options.device, 0)
+    device = torch.device(options.device)
+    if device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, 0)
     if not torch.get_device_module(device).is_available():
         sys.exit(f"torch {torch.__version__} sees no {options.device} device here; nothing was measured")
     driver = Driver(device)

@@ -13,6 +13,7 @@ from offload_layers import AutoWrappedLinear, enable_vram_management
 from offload_layers._budget import budget_of
 from offload_layers.testing import CountingSource, assert_invariants, residencies, with_own_budget
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, LAYERS = 8, 3
 NBYTES = WIDTH * (WIDTH + 1) * 4
@@ -459,3 +460,20 @@ def test_a_layer_that_cannot_be_read_to_stay_passes(caplog: pytest.LogCaptureFix
         assert torch.equal(model(x), deep()(x))
     assert lent(model, source) == 6 * [False]
     assert_invariants(model, residencies(model)[0].budget)
+
+
+def test_a_second_run_within_the_backward_pass_is_no_second_forward() -> None:
+    source = ReadableSource(deep().state_dict())
+    model = staying(source, room=5)
+    model[0].add_lora(torch.randn(2, WIDTH, requires_grad=True), torch.zeros(WIDTH, 2, requires_grad=True))
+    with torch.enable_grad():
+        for forward in range(3):
+            x = torch.randn(2, WIDTH, requires_grad=True)
+            y = x
+            for layer in model:
+                y = checkpoint(layer, y, use_reentrant=False)
+            before = [residency.resident for residency in residencies(model)]
+            y.sum().backward()
+            assert [residency.resident for residency in residencies(model)] == before
+            assert any(before) == (forward > 0)
+            assert x.grad is not None
