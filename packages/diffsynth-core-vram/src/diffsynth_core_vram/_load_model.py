@@ -123,7 +123,11 @@ def load_model(
                     watched,
                     quantize,
                     lambda source: _assign(
-                        model, source, _fit(model, source), placement.dtype, placement.device
+                        model,
+                        source,
+                        _fit(model, source, placement.dtype),
+                        placement.dtype,
+                        placement.device,
                     ),
                     metadata=metadata,
                     computation=placement,
@@ -133,7 +137,7 @@ def load_model(
         loaded.quantize_config = quantize  # adapters are added accordingly
         return loaded
 
-    aliases = _fit(model, source)
+    aliases = _fit(model, source, torch_dtype if policy is None else policy.computation.dtype)
     if policy is None:
         with Watched(source, label) as watched:
             _assign(model, watched, aliases, torch_dtype, device)
@@ -146,10 +150,10 @@ def load_model(
         return manage(model, watched)
 
 
-def _fit(model: nn.Module, source: Mapping[str, Tensor]) -> dict[str, str]:
-    """Check that *source* fits *model*; return which names are other names of tied parameters."""
+def _fit(model: nn.Module, source: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, str]:
+    """Check that *source* fits *model* in *dtype*; return which names are others of tied parameters."""
     aliases = tie_aliases(model, source)
-    check_fit(model, source, aliases)
+    check_fit(model, source, aliases, casts=dtype is not None)
     return aliases
 
 

@@ -56,7 +56,7 @@ def offload(
         with skip_model_initialization():
             model = model_class(**(config or {}))
     source = DiskMap(path, state_dict_converter=state_dict_converter, unwrap=state_dict_converter is None)
-    check_fit(model, source, tie_aliases(model, source))
+    check_fit(model, source, tie_aliases(model, source), casts=dtype is not None)
     return offload_layers.offload(
         model.eval(),
         device=device,
