@@ -99,6 +99,26 @@ def test_dtype_is_for_floating_point_only(file):
     assert model.steps.item() == 2**24 + 1
 
 
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.phase = nn.Parameter(torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("stored", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("computed", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=False)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def test_complex_tensors_stay_complex(recwarn):
+    plain = Complex()
+    model = load_model(Complex, "", state_dict=plain.state_dict())
+    for name in ("phase", "stored", "computed"):
+        assert torch.equal(getattr(model, name), getattr(plain, name)), name
+    assert isinstance(model.phase, nn.Parameter)
+    assert model.linear.weight.dtype == model.table.dtype == torch.bfloat16
+    assert not recwarn.list
+
+
 def test_gradient_flags_and_ties_are_those_of_the_class(file):
     model = load_model(Net, file)
     assert model.head.weight is model.embed.weight
@@ -145,6 +165,20 @@ def test_state_dict_is_used_instead_of_files(plain, state):
     assert torch.equal(model(X), plain(X))
     assert state.keys() == before.keys()
     assert all(state[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("stored", [torch.tensor(7.0), torch.tensor([7.0])])
+def test_tied_scalar_stays_tied(stored):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ParameterList([torch.tensor(2.0)])
+            self.b = nn.ParameterList(self.a)
+
+    model = load_model(Tied, "", state_dict={"a.0": stored})
+    assert model.a[0] is model.b[0]
+    assert model.a[0].shape == ()
+    assert model.a[0].item() == 7
 
 
 @pytest.mark.parametrize("where", [None, "cpu", "disk"])
@@ -484,6 +518,23 @@ def test_misfits_are_reported_together(state, where, tmp_path):
     assert set(caught.value.unexpected) == {"model.norm.weight", "scael", "table"}
     assert caught.value.mismatched == ["offset"]
     assert isinstance(caught.value, RuntimeError)  # which is what load_state_dict raises
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_complex_tensors_for_real_parameters(state, where):
+    state["scale"] = state["scale"] * 1j
+    managed = {} if where is None else {"module_map": LAYERS, "vram_config": everywhere(where)}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(Net, "", state_dict=Unreadable(state), **managed)
+    assert str(caught.value).splitlines()[1] == (
+        '    1 complex, which a real dtype would halve: "scale" (complex64, but float32 in the model)'
+    )
+    assert caught.value.mismatched == ["scale"]
+
+
+def test_complex_tensors_are_kept_where_dtypes_are(state):
+    state["scale"] = state["scale"] * 1j
+    assert torch.equal(load_model(Net, "", torch_dtype=None, state_dict=state).scale, state["scale"])
 
 
 def test_long_lists_are_cut(state):
