@@ -10,6 +10,7 @@ from diffsynth_core_vram import (
     AutoWrappedModule,
     CheckpointMismatchError,
     load_model,
+    skip_model_initialization,
 )
 from diffsynth_core_vram._rehearse import rehearse
 from safetensors.torch import save_file
@@ -81,6 +82,12 @@ def test_plain(plain, file):
     assert not model.training
     for name, tensor in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+    assert torch.equal(model(X), plain(X))
+
+
+def test_model_loaded_in_a_block_keeps_its_weights(plain, file):
+    with skip_model_initialization():
+        model = load_model(Net, file, torch_dtype=None)
     assert torch.equal(model(X), plain(X))
 
 

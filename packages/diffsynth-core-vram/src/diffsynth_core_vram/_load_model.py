@@ -69,7 +69,8 @@ def load_model(
             The model keeps it as ``quantize_config``. Managed layers that are quantized move as they are.
 
     Returns:
-        The model.  Layers kept on disk go on reading the files, which must stay as they are.
+        The model.  Layers kept on disk go on reading the files, which must stay as they are.  Load managed
+        models outside of ``skip_model_initialization()``: the end of a block takes their weights away.
 
     Raises:
         CheckpointMismatchError: tensors are missing, unexpected or of another shape, or complex where the
