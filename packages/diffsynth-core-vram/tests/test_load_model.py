@@ -536,6 +536,7 @@ def test_complex_tensors_for_real_parameters(state, where):
     assert str(caught.value).splitlines()[1] == (
         '    1 complex, which a real dtype would halve: "scale" (complex64, but float32 in the model)'
     )
+    assert str(caught.value).endswith("Complex values are kept where no dtype is asked for.")
     assert caught.value.mismatched == ["scale"]
 
 

@@ -211,6 +211,7 @@ def _describe(
         *_section("of another shape", list(mismatched), mismatched.__getitem__),
         *_section("complex, which a real dtype would halve", list(halved), halved.__getitem__),
         "Pass the config= of this checkpoint, or a state_dict_converter= that renames or drops tensors.",
+        *(["Complex values are kept where no dtype is asked for."] if halved else []),
     ]
     return "\n    ".join(lines)
 
