@@ -238,3 +238,11 @@ def test_initial_values_loaded_in_a_block_are_skipped() -> None:
         return model
 
     assert unmaterialized(built(build)) == ["weight", "bias"]
+
+
+def test_lazy_module_loaded_in_a_block() -> None:
+    state = nn.Linear(2, 3).state_dict()
+    with skip_model_initialization():
+        model = nn.LazyLinear(3)
+        model.load_state_dict(state, assign=True)
+    assert torch.equal(model.weight, state["weight"])

@@ -206,4 +206,5 @@ def _run(log: Log, call: Call) -> Any:
 
 def _storages(tensors: list[Tensor]) -> set[torch.UntypedStorage]:
     """The storages of the real ones among *tensors*."""
-    return {tensor.untyped_storage() for tensor in tensors if not tensor.is_meta and storage_address(tensor)}
+    with torch._C.DisableTorchFunction():  # lazy parameters refuse to tell
+        return {t.untyped_storage() for t in tensors if not t.is_meta and storage_address(t)}
