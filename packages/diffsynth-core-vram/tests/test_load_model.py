@@ -1,5 +1,6 @@
 """``load_model`` on small models: what is loaded, and what is refused."""
 
+import threading
 from collections.abc import Mapping
 
 import pytest
@@ -9,7 +10,9 @@ from diffsynth_core_vram import (
     AutoWrappedModule,
     CheckpointMismatchError,
     load_model,
+    skip_model_initialization,
 )
+from diffsynth_core_vram._rehearse import rehearse
 from safetensors.torch import save_file
 from torch import nn
 
@@ -82,6 +85,12 @@ def test_plain(plain, file):
     assert torch.equal(model(X), plain(X))
 
 
+def test_model_loaded_in_a_block_keeps_its_weights(plain, file):
+    with skip_model_initialization():
+        model = load_model(Net, file, torch_dtype=None)
+    assert torch.equal(model(X), plain(X))
+
+
 def test_configuration_is_passed_on():
     model = load_model(
         nn.Linear, "", {"in_features": 2, "out_features": 3}, state_dict=nn.Linear(2, 3).state_dict()
@@ -95,6 +104,26 @@ def test_dtype_is_for_floating_point_only(file):
     integers = {"steps": torch.int64, "norm.num_batches_tracked": torch.int64}
     assert dtypes == {name: integers.get(name, torch.bfloat16) for name in dtypes}
     assert model.steps.item() == 2**24 + 1
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.phase = nn.Parameter(torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("stored", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("computed", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=False)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def test_complex_tensors_stay_complex(recwarn):
+    plain = Complex()
+    model = load_model(Complex, "", state_dict=plain.state_dict())
+    for name in ("phase", "stored", "computed"):
+        assert torch.equal(getattr(model, name), getattr(plain, name)), name
+    assert isinstance(model.phase, nn.Parameter)
+    assert model.linear.weight.dtype == model.table.dtype == torch.bfloat16
+    assert not recwarn.list
 
 
 def test_gradient_flags_and_ties_are_those_of_the_class(file):
@@ -143,6 +172,20 @@ def test_state_dict_is_used_instead_of_files(plain, state):
     assert torch.equal(model(X), plain(X))
     assert state.keys() == before.keys()
     assert all(state[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("stored", [torch.tensor(7.0), torch.tensor([7.0])])
+def test_tied_scalar_stays_tied(stored):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ParameterList([torch.tensor(2.0)])
+            self.b = nn.ParameterList(self.a)
+
+    model = load_model(Tied, "", state_dict={"a.0": stored})
+    assert model.a[0] is model.b[0]
+    assert model.a[0].shape == ()
+    assert model.a[0].item() == 7
 
 
 @pytest.mark.parametrize("where", [None, "cpu", "disk"])
@@ -252,6 +295,207 @@ def test_modules_that_rename_their_entries_are_heard(tmp_path):
     assert torch.equal(model(x), plain(x))
 
 
+# -- modules that have a say in what they load -----------------------------------------------------------
+
+
+class Folding(nn.Module):
+    """Folds a scale into its weight once that is loaded, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False)
+        self.register_buffer("gain", torch.ones(1), persistent=False)
+        self.is_folded = False
+        self.register_load_state_dict_post_hook(lambda module, keys: self.fold())
+
+    def fold(self):
+        if not self.is_folded:
+            self.linear.weight.data.mul_(4)
+            self.is_folded = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.gain *= 3
+        if f"{prefix}old" in state_dict:
+            state_dict[f"{prefix}linear.weight"] = state_dict.pop(f"{prefix}old")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@pytest.mark.parametrize("name", ["linear.weight", "old"])
+def test_hooks_run_once_on_weights_that_are_there(name):
+    model = load_model(Folding, "", torch_dtype=None, state_dict={name: torch.eye(2)})
+    assert torch.equal(model.linear.weight, 4 * torch.eye(2))
+    assert model.gain.item() == 3
+
+
+class Held(nn.Module):
+    """Its entries in a checkpoint are those of another time."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3, bias=False)
+        self.register_buffer("steps", torch.zeros(3))
+        self.plain = torch.ones(3) * torch.ones(1, requires_grad=True)  # deepcopy refuses it
+
+
+class Renaming(Held):
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, *_: state.update(steps=state.pop("old") * module.plain.detach())
+        )
+
+
+class Transposing(Held):
+    def _load_from_state_dict(self, state_dict, *args):
+        state_dict["linear.weight"] = state_dict["linear.weight"].T
+        super()._load_from_state_dict(state_dict, *args)
+
+
+class ByVersion(Held):
+    def _load_from_state_dict(self, state_dict, *args):
+        if state_dict.pop("version").item() == 1:
+            state_dict["linear.weight"] = state_dict["linear.weight"].T
+        super()._load_from_state_dict(state_dict, *args)
+
+
+class Locked(Renaming):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()  # which deepcopy refuses
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.ParameterList()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith("rows.")]:
+            self.rows.append(nn.Parameter(torch.zeros(state_dict[name].shape)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Headless(nn.Module):
+    """Took its head away: torch lets checkpoints have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+        self.head = nn.Linear(3, 3)
+        self.head = None
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.LazyLinear(3)
+
+
+HELD = {"linear.weight": torch.arange(6.0).view(3, 2), "steps": torch.arange(3.0)}
+TRANSPOSED = HELD | {"linear.weight": torch.arange(6.0).view(2, 3)}
+LINEAR = {f"linear.{name}": tensor for name, tensor in nn.Linear(2, 3).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "state"),
+    [
+        (Renaming, {"linear.weight": HELD["linear.weight"], "old": torch.arange(3.0)}),
+        (Locked, {"linear.weight": HELD["linear.weight"], "old": torch.arange(3.0)}),
+        (Transposing, TRANSPOSED),
+        (ByVersion, TRANSPOSED | {"version": torch.tensor(1)}),
+        (Growing, {"rows.0": torch.ones(2), "rows.1": torch.ones(3)}),
+        (Headless, LINEAR | {"head.weight": torch.ones(3, 3)}),
+        (Lazy, LINEAR),
+    ],
+)
+def test_what_modules_accept_is_not_refused(model_class, state):
+    expected = model_class()
+    expected.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+    model = load_model(model_class, "", torch_dtype=None, state_dict=state)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_misfits_of_a_model_with_hooks_are_reported():
+    state = {"linear.weight": torch.ones(2, 9), "old": torch.ones(3), "odd": torch.ones(1)}
+    with pytest.raises(CheckpointMismatchError, match=r'1 unexpected: "odd"') as caught:
+        load_model(Renaming, "", state_dict=state)
+    assert caught.value.mismatched == ["linear.weight"]
+    assert caught.value.missing == []
+
+
+def test_misfits_of_a_model_that_cannot_be_copied_are_reported():
+    class Plain(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.lock = threading.Lock()
+
+    state = {"weight": torch.ones(3, 3), "bais": torch.ones(3)}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(Plain, "", state_dict=state)
+    found = caught.value
+    assert (found.missing, found.unexpected, found.mismatched) == (["bias"], ["bais"], ["weight"])
+
+
+def test_check_copies_no_tensor():
+    model = Net()
+    model.plain, model.more = torch.ones(2), [nn.Parameter(torch.ones(2))]
+    model.register_load_state_dict_post_hook(lambda module, keys: seen.append(module))
+    seen = []
+    copied, missing, unexpected = rehearse(model, {"odd": None})
+    assert (len(missing), unexpected) == (9, ["odd"])
+    assert seen == []  # what a hook encloses is copied, too
+    assert copied.head.weight is copied.embed.weight
+    for tensor in (*copied.parameters(), *copied.buffers(), copied.plain, *copied.more):
+        assert tensor.is_meta or tensor is copied.norm.num_batches_tracked  # which BatchNorm sets itself
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), model.plain))
+
+
+# -- extra state, and what is no tensor -----------------------------------------------------------------
+
+
+class WithExtra(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        self.extra, self.calls = None, 0
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.calls += 1
+        self.extra = state.item() if isinstance(state, torch.Tensor) else state
+
+
+@pytest.mark.parametrize("extra", [{"scale": 3}, torch.tensor(7)], ids=["dict", "tensor"])
+@pytest.mark.parametrize("converter", [None, dict])
+def test_extra_state(tmp_path, extra, converter):
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(2, 2).state_dict() | {"_extra_state": extra}, path)
+    model = load_model(WithExtra, str(path), state_dict_converter=converter)
+    assert model.extra == ({"scale": 3} if isinstance(extra, dict) else 7)
+    assert model.calls == 1
+
+
+def test_misfits_beside_extra_state(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.ones(2, 2), "_extra_state": torch.tensor(7)}, path)
+    with pytest.raises(CheckpointMismatchError, match='1 missing: "bias"'):
+        load_model(WithExtra, str(path))
+
+
+def test_what_is_no_tensor_is_a_misfit(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": [1], "bias": torch.ones(2), "epoch": 3, "optimizer": {"a": torch.ones(1)}}, path)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(nn.Linear, str(path), {"in_features": 2, "out_features": 2})
+    assert str(caught.value).splitlines()[1:] == [
+        '    2 unexpected: "epoch", "optimizer"',
+        '    1 of another shape: "weight" (no tensor, but (2, 2) in the model)',
+        "    Pass the config= of this checkpoint, or a state_dict_converter= that renames or drops tensors.",
+    ]
+
+
 # -- what is refused ------------------------------------------------------------------------------------
 
 
@@ -281,6 +525,24 @@ def test_misfits_are_reported_together(state, where, tmp_path):
     assert set(caught.value.unexpected) == {"model.norm.weight", "scael", "table"}
     assert caught.value.mismatched == ["offset"]
     assert isinstance(caught.value, RuntimeError)  # which is what load_state_dict raises
+
+
+@pytest.mark.parametrize("where", [None, "cpu", "disk"])
+def test_complex_tensors_for_real_parameters(state, where):
+    state["scale"] = state["scale"] * 1j
+    managed = {} if where is None else {"module_map": LAYERS, "vram_config": everywhere(where)}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_model(Net, "", state_dict=Unreadable(state), **managed)
+    assert str(caught.value).splitlines()[1] == (
+        '    1 complex, which a real dtype would halve: "scale" (complex64, but float32 in the model)'
+    )
+    assert str(caught.value).endswith("Complex values are kept where no dtype is asked for.")
+    assert caught.value.mismatched == ["scale"]
+
+
+def test_complex_tensors_are_kept_where_dtypes_are(state):
+    state["scale"] = state["scale"] * 1j
+    assert torch.equal(load_model(Net, "", torch_dtype=None, state_dict=state).scale, state["scale"])
 
 
 def test_long_lists_are_cut(state):

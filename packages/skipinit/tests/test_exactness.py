@@ -509,6 +509,23 @@ def test_conversions_give_what_they_give_plainly(conforms: Callable[[Any], nn.Mo
     conforms(build)
 
 
+def test_autocast_chooses_dtypes_as_it_does_plainly(conforms: Callable[[Any], nn.Module]) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            ones = torch.full((2, 2), 1.01)
+            before = ones @ ones  # computed later, when autocast is on
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                self.linear = nn.Linear(2, 2)
+                self.register_buffer("pending", ones @ ones)
+                self.register_buffer("real", torch.arange(4.0).view(2, 2) @ before)
+                self.register_buffer("before", before)
+                with torch.autocast("cpu", enabled=False):
+                    self.register_buffer("inner", ones @ ones)
+
+    conforms(Cast)
+
+
 def test_conjugates_and_imaginary_parts(conforms: Callable[[Any], nn.Module]) -> None:
     def build() -> nn.Module:
         number = torch.ones(3, dtype=torch.complex64).mul_(1 + 2j)

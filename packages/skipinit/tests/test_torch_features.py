@@ -212,3 +212,37 @@ def test_assigned_state_dict_gives_the_plain_model() -> None:
     model.load_state_dict(plain.state_dict(), assign=True)
     inputs = torch.randn(2, 3, 8)
     assert torch.equal(model(inputs), plain(inputs))
+
+
+def test_weights_loaded_in_a_block_stay() -> None:
+    with skip_model_initialization():
+        state = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
+        model = nn.Linear(2, 3, bias=False)
+        model.load_state_dict(state, assign=True)
+        tied = nn.Linear(2, 3, bias=False)
+        tied.weight = model.weight
+        model.to(torch.float64)
+        again = nn.Linear(2, 3, bias=False)
+        again.weight = model.weight
+        copied = copy.deepcopy(model)
+    expected = torch.arange(1.0, 7.0, dtype=torch.float64).view(3, 2)
+    for layer in (model, tied, again, copied):
+        assert torch.equal(layer.weight, expected)
+    assert model.weight is tied.weight is again.weight
+
+
+def test_initial_values_loaded_in_a_block_are_skipped() -> None:
+    def build() -> nn.Module:
+        model = nn.Linear(2, 3)
+        model.load_state_dict(nn.Linear(2, 3).state_dict(), assign=True)
+        return model
+
+    assert unmaterialized(built(build)) == ["weight", "bias"]
+
+
+def test_lazy_module_loaded_in_a_block() -> None:
+    state = nn.Linear(2, 3).state_dict()
+    with skip_model_initialization():
+        model = nn.LazyLinear(3)
+        model.load_state_dict(state, assign=True)
+    assert torch.equal(model.weight, state["weight"])

@@ -49,7 +49,7 @@ def load_model(
         path: A file, a list of shards, a ``*.index.json`` or a folder, as for ``DiskMap``.
         config: Keyword arguments of *model_class*.
         torch_dtype: Dtype of the model; None keeps the dtypes of the checkpoint.  As with ``Module.to``,
-            integers keep theirs.  Without effect on a managed model.
+            integers keep theirs, and unlike there complex numbers, too.  Without effect on a managed model.
         device: Where the model is.  Without effect on a managed model.
         state_dict_converter: Called once with the checkpoint as a dict of tensors; returns one in the names
             of the model.  Its tensors are lazy: what it computes is evaluated tensor by tensor when the
@@ -69,10 +69,12 @@ def load_model(
             The model keeps it as ``quantize_config``. Managed layers that are quantized move as they are.
 
     Returns:
-        The model.  Layers kept on disk go on reading the files, which must stay as they are.
+        The model.  Layers kept on disk go on reading the files, which must stay as they are.  Load managed
+        models outside of ``skip_model_initialization()``: the end of a block takes their weights away.
 
     Raises:
-        CheckpointMismatchError: tensors are missing, unexpected or of another shape.
+        CheckpointMismatchError: tensors are missing, unexpected or of another shape, or complex where the
+            model is real.
         ValueError: *module_map* without *vram_config*, or settings that make no sense.
 
     A checkpoint that is missing, damaged or in parts raises the errors of ``DiskMap``.
@@ -123,7 +125,11 @@ def load_model(
                     watched,
                     quantize,
                     lambda source: _assign(
-                        model, source, _fit(model, source), placement.dtype, placement.device
+                        model,
+                        source,
+                        _fit(model, source, placement.dtype),
+                        placement.dtype,
+                        placement.device,
                     ),
                     metadata=metadata,
                     computation=placement,
@@ -133,12 +139,11 @@ def load_model(
         loaded.quantize_config = quantize  # adapters are added accordingly
         return loaded
 
-    aliases = _fit(model, source)
+    aliases = _fit(model, source, torch_dtype if policy is None else policy.computation.dtype)
     if policy is None:
         with Watched(source, label) as watched:
             _assign(model, watched, aliases, torch_dtype, device)
-        model = model.to(dtype=torch_dtype, device=device)  # buffers, and classes with a `to` of their own
-        return model.eval()
+        return _converted(model, torch_dtype, device).eval()
     if policy.offload.is_disk:  # almost nothing is read now
         return manage(model, source)
     at_rest = partial(_placed, dtype=policy.offload.dtype, device=policy.offload.device)
@@ -146,10 +151,10 @@ def load_model(
         return manage(model, watched)
 
 
-def _fit(model: nn.Module, source: Mapping[str, Tensor]) -> dict[str, str]:
-    """Check that *source* fits *model*; return which names are other names of tied parameters."""
+def _fit(model: nn.Module, source: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, str]:
+    """Check that *source* fits *model* in *dtype*; return which names are others of tied parameters."""
     aliases = tie_aliases(model, source)
-    check_fit(model, source, aliases)
+    check_fit(model, source, aliases, casts=dtype is not None and not dtype.is_complex)
     return aliases
 
 
@@ -170,10 +175,25 @@ def _assign(
             if isinstance(tensor, Tensor):  # extra state need not be one
                 tensor = _placed(tensor, dtype, device)
             if first in aliases:
+                if (tensor.shape, parameters[first].shape) == ((1,), ()):
+                    tensor = tensor[0]  # as torch would, which makes another parameter for each name
                 tensor = nn.Parameter(tensor, requires_grad=parameters[first].requires_grad)
             state[first] = tensor
         state[name] = state[first]
     model.load_state_dict(state, assign=True)
+
+
+def _converted(model: Model, dtype: torch.dtype | None, device: str | torch.device) -> Model:
+    """Bring the buffers of *model* to *dtype* and *device*; classes may have a ``to`` of their own.
+
+    ``Module.to`` makes complex tensors real, which drops their imaginary parts; here they keep their dtype.
+    """
+    is_real = not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers()))
+    if is_real or dtype is None or dtype.is_complex:
+        return model.to(dtype=dtype, device=device)
+    model = model.to(device=device)
+    model._apply(lambda tensor: _placed(tensor, dtype, device))  # type: ignore[no-untyped-call]
+    return model
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:

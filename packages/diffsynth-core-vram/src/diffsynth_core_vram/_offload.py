@@ -47,7 +47,8 @@ def offload(
         A handle on the model, which is in evaluation mode; see ``offload_layers.offload``.
 
     Raises:
-        CheckpointMismatchError: tensors are missing, unexpected or of another shape.
+        CheckpointMismatchError: tensors are missing, unexpected or of another shape, or complex where the
+            model is real and *dtype* is.
         ConfigError: the model cannot fit, or an argument makes no sense.
     """
     if isinstance(model_class, nn.Module):
@@ -56,7 +57,7 @@ def offload(
         with skip_model_initialization():
             model = model_class(**(config or {}))
     source = DiskMap(path, state_dict_converter=state_dict_converter, unwrap=state_dict_converter is None)
-    check_fit(model, source, tie_aliases(model, source))
+    check_fit(model, source, tie_aliases(model, source), casts=dtype is not None and not dtype.is_complex)
     return offload_layers.offload(
         model.eval(),
         device=device,

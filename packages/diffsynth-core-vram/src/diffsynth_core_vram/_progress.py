@@ -1,7 +1,8 @@
 """A progress bar over what is read from a checkpoint."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ class Watched(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._source[name]
         if self._bar is not None and isinstance(tensor, Tensor):
-            self._bar.update(tensor.nbytes)
+            self._bar.update(_nbytes(lambda: tensor))
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -47,7 +48,7 @@ class Watched(Mapping[str, Tensor]):
     def __enter__(self) -> "Watched":
         self._bar = tqdm(
             desc=self._title,
-            total=sum(int(getattr(self.info(name), "nbytes", 0)) for name in self._source),
+            total=sum(_nbytes(partial(self.info, name)) for name in self._source),
             unit="B",
             unit_scale=True,
             disable=not sys.stderr.isatty(),
@@ -60,3 +61,11 @@ class Watched(Mapping[str, Tensor]):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _nbytes(find: Callable[[], Any]) -> int:
+    """Return how many bytes a tensor has; zero for what is no tensor, and for a sparse one: torch refuses."""
+    try:
+        return int(getattr(find(), "nbytes", 0))
+    except (RuntimeError, TypeError):
+        return 0

@@ -9,7 +9,10 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import sys
 import threading
+import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from ._log import Log
 from ._tensors import become, storage_address
 
 _entered: contextvars.ContextVar["Block | None"] = contextvars.ContextVar("skipinit_block", default=None)
+LOAD_STATE_DICT = nn.Module.load_state_dict.__code__
 _use_count = torch._C._storage_Use_Count
 _running_loop, _thread = asyncio._get_running_loop, threading.get_ident
 
@@ -47,6 +51,7 @@ class Block(TorchFunctionMode):
         self.depth = 1
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
+        self.loaded: dict[int, weakref.ref[nn.Parameter]] = {}  # by id: what load_state_dict assigned
         self._thread, self._task = _thread(), _current_task()
         self._outer = _entered.get()
 
@@ -118,13 +123,29 @@ class Block(TorchFunctionMode):
                 self.log.materialize(tensor)
 
     def take_storage(self, parameter: nn.Parameter) -> None:
-        """Make a *parameter* pending if its data are real and this block made them."""
+        """Make a *parameter* pending if its data are real, and this block made them as initial values."""
         has_own_rules = type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if has_own_rules or isinstance(parameter, UninitializedTensorMixin) or not storage_address(parameter):
             return
         with torch._C.DisableTorchFunction(), contextlib.suppress(PendingValueError):
-            if parameter.untyped_storage() in self.log.made:
+            if parameter.untyped_storage() in self.log.made and not self._is_loaded(parameter):
                 self.log.adopt(parameter)  # unless C++ code holds it: then it stays real
+
+    def _is_loaded(self, parameter: nn.Parameter) -> bool:
+        """Whether ``load_state_dict(assign=True)`` gave a module this real *parameter*, now or before.
+
+        What somebody loads is to stay, whoever made its memory: a file may have been read into a tensor that
+        was made in the block.
+        """
+        known = self.loaded.get(id(parameter))
+        if known is not None and known() is parameter:
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not LOAD_STATE_DICT:
+            frame = frame.f_back
+        if frame is not None:
+            self.loaded[id(parameter)] = weakref.ref(parameter)
+        return frame is not None
 
 
 def _note_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

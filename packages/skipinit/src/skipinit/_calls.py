@@ -19,7 +19,7 @@ from ._errors import PendingValueError
 from ._factories import FACTORIES, LIKE, make, make_like
 from ._functions import DEVICE, ELEMENTWISE, IN_PLACE, IN_PLACE_2D, PLAIN, RANDOM
 from ._log import Log
-from ._tensors import META, resolve, storage_address
+from ._tensors import META, autocasts, resolve, storage_address
 
 #: functions that autograd does not follow
 UNTRACKED = frozenset({Tensor.data.__get__, Tensor.detach})  # type: ignore[attr-defined]
@@ -93,7 +93,7 @@ def _put_off(log: Log, call: Call, pending: list[Tensor]) -> Any:
         result, device = _converted(call, pending[0], device)
         is_written = False
     else:
-        result, is_written = _ruled(call, pending[0]) or _on_meta(call, pending)
+        result, is_written = _ruled(call, pending[0]) or _on_meta(call, pending, device)
     if is_written and len({*map(id, storages)}) < len({*map(id, pending)}):
         raise ValuesNeeded  # torch may refuse to read what is being written, and should do so now
     if device == META:
@@ -135,9 +135,9 @@ def _alike(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return alike
 
 
-def _on_meta(call: Call, pending: list[Tensor]) -> tuple[Any, bool]:
-    """What a call gives on meta tensors, and whether it writes to them."""
-    if call.name in RANDOM or torch.is_autocast_enabled() or _dispatch_modes():
+def _on_meta(call: Call, pending: list[Tensor], device: torch.device) -> tuple[Any, bool]:
+    """What a call on a *device* gives on meta tensors, and whether it writes to them."""
+    if call.name in RANDOM or autocasts(device) or _dispatch_modes():
         raise ValuesNeeded
     before = [_version(tensor) for tensor in pending]
     try:
@@ -206,4 +206,5 @@ def _run(log: Log, call: Call) -> Any:
 
 def _storages(tensors: list[Tensor]) -> set[torch.UntypedStorage]:
     """The storages of the real ones among *tensors*."""
-    return {tensor.untyped_storage() for tensor in tensors if not tensor.is_meta and storage_address(tensor)}
+    with torch._C.DisableTorchFunction():  # lazy parameters refuse to tell
+        return {t.untyped_storage() for t in tensors if not t.is_meta and storage_address(t)}

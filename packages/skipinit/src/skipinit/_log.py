@@ -7,6 +7,7 @@ what is written to one of them is found by the others.
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ._call import Call, tensors_in
 from ._errors import PendingValueError
 from ._random import Streams
-from ._tensors import META, become, storage_address
+from ._tensors import META, autocasts, become, storage_address
 
 
 class Storage:
@@ -139,10 +140,11 @@ class Log:
             self._run(self._entries[position])
 
     def _run(self, entry: Entry) -> None:
-        with torch._C.DisableTorchFunction():
-            given = self.streams.run(
-                entry.call.replace(self._real, (Tensor, Storage)), entry.storages[0].device
-            )
+        device = entry.storages[0].device
+        # what autocast changes is not put off while it is on
+        plainly = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+        with torch._C.DisableTorchFunction(), plainly:
+            given = self.streams.run(entry.call.replace(self._real, (Tensor, Storage)), device)
             for promised, result in zip(entry.results, tensors_in(given), strict=False):
                 target = self._real(promised)
                 if storage_address(target) != storage_address(result):  # else it is a view

@@ -45,3 +45,11 @@ def resolve(device: Any) -> torch.device:
     if device is None and not torch._C._len_torch_function_stack():  # as torch.device("cuda") as a context is
         return CPU
     return torch.empty(0, device=device).device
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether ``torch.autocast`` chooses the dtypes of what is computed on *device* now."""
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except RuntimeError:  # a kind of device that it does not know, such as meta
+        return False
