@@ -525,3 +525,15 @@ def test_what_was_fetched_ahead_for_layers_that_stay_is_dropped() -> None:
     for _ in range(2):
         model(torch.randn(2, 4))
     assert budget.statistics().lent_nbytes == 8 * 80
+
+
+def test_a_single_layer_obeys_a_lowered_limit() -> None:
+    linear = nn.Linear(4, 4)
+    config: Any = {f"{role}_{what}": "disk" for role in ("offload", "onload") for what in ("dtype", "device")}
+    config |= {f"{role}_device": "cpu" for role in ("preparing", "computation")}
+    config |= {f"{role}_dtype": torch.float32 for role in ("preparing", "computation")}
+    layer = AutoWrappedLinear(linear, **config, disk_map=dict(linear.state_dict()))
+    layer(torch.randn(2, 4))
+    assert layer.state is State.PREPARING
+    layer.vram_limit = 0
+    assert layer.state is State.ONLOAD

@@ -339,6 +339,17 @@ def test_models_in_turns_do_not_make_each_other_leave_for_ever(device: FakeDevic
     assert max(copied[10:]) <= 16 - int(layers) + 3, copied  # two must find room to pass, and one tells
 
 
+def test_a_model_that_was_never_called_makes_room(device: FakeDevice) -> None:
+    first, second = two(device, PREPARING, 10)
+    for layer in first:
+        layer.preparing()
+    assert any(resident(first))
+    for _ in range(4):
+        assert torch.equal(second(X), expected([COPY_S] * LAYERS))
+    assert not any(resident(first))
+    assert any(resident(second))
+
+
 def resident(model: Any) -> list[bool]:
     return [layer._owner().resident for layer in model]
 

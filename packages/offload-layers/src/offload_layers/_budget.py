@@ -186,10 +186,19 @@ class Budget:
                 other.try_demote()
         return self._books.lent < before
 
-    def keep_under(self, limit: int, borrower: Borrower) -> None:
-        """Make residents leave until *limit* holds with what was learned of *borrower*'s computations."""
+    def keep_under(self, limit: int, borrower: Borrower) -> bool:
+        """Make others leave until *limit* holds with what was learned of *borrower*'s computations.
+
+        Returns:
+            Whether it holds.
+        """
         most = limit - self._beside(borrower)
-        self._ask_to_leave(borrower, lambda: self._books.staying + self._books.headroom(IN_FLIGHT) <= most)
+
+        def is_enough() -> bool:
+            return self._books.staying + self._books.headroom(IN_FLIGHT) <= most
+
+        self._ask_to_leave(borrower, is_enough)
+        return self._is_so(is_enough)
 
     def usage(self) -> Usage:
         """Return what the device says now; all zero where it cannot tell."""

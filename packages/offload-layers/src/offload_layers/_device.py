@@ -212,6 +212,7 @@ class Accelerator:
         self._callers: dict[Any, None] = {}  # streams in which somebody computes, the latest last
         self._has_streams = hasattr(self._module, "Stream") and hasattr(self._module, "Event")
         self._others_nbytes, self._ask_driver_at = 0, 0.0
+        self._is_silent = False  # the driver does not tell how much is taken
         self._ring = PinnedRing(self._module, device)
         self._slabs = PinnedSlabs()
 
@@ -219,11 +220,12 @@ class Accelerator:
         """Return what torch uses, and beside it what the driver counts as taken by others."""
         now = time.monotonic()
         if now >= self._ask_driver_at:
-            if not self._module.is_available() or not hasattr(self._module, "mem_get_info"):
+            if self._is_silent or not self._module.is_available():
                 return None
             try:
                 free, total = self._module.mem_get_info(self._device)
-            except RuntimeError:  # some drivers, such as those of processors with graphics, do not tell
+            except (AttributeError, RuntimeError):  # as that of processors with graphics, or of older torch
+                self._is_silent = True
                 return None
             self._others_nbytes = max(0, int(total - free - self._by_torch().reserved))
             self._ask_driver_at = now + _DRIVER_S

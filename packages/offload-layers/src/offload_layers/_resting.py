@@ -259,8 +259,8 @@ class Resting:
 
     def obey_limit(self) -> None:
         """Have layers leave that the limit has no room for any more: one that is resident is not asked."""
-        if self.limit is not None:
-            self.budget.keep_under(self.limit, self)
+        if self.limit is not None and not self.budget.keep_under(self.limit, self):
+            self.try_demote()
 
     def hold_beside(self, nbytes: int) -> None:
         """Borrow bytes of the compute device for what belongs to the layer beside its weights."""

@@ -190,10 +190,8 @@ class Schedule:
         if self._has_lasting:
             return
         self._has_lasting = True
-        for reference in self._all:
-            layer = reference()
-            if layer is not None:
-                layer.make_lasting()
+        for layer in self._every():
+            layer.make_lasting()
 
     # -- reading weights from outside ---------------------------------------------------------------
 
@@ -325,7 +323,9 @@ class Schedule:
         """
         if self.last_called >= since:
             return False
-        layers = list(self._layers())
+        layers = list(self._layers()) or [layer for layer in self._every() if layer.resident]
+        if not layers:
+            return True
         if not all(layer.resident for layer in layers):
             if self._probed_at != self.last_called:
                 return True  # some layer always tells
@@ -353,7 +353,15 @@ class Schedule:
         self._chosen = frozenset(weakref.ref(layers[index]) for index in chosen)
         self._chosen_for = room, len(layers)
 
+    def _every(self) -> Iterator[Scheduled]:
+        """Yield all layers of the model, whether they were called or not."""
+        for reference in self._all:
+            layer = reference()
+            if layer is not None:
+                yield layer
+
     def _layers(self) -> Iterator[Scheduled]:
+        """Yield the layers that were called or read while they were not resident."""
         for reference in list(self._work):
             layer = reference()
             if layer is not None:
