@@ -15,6 +15,6 @@ def test_the_accelerator_script_on_a_cpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     rows = {row["subject"]: row for row in json.loads(out.read_text())["rows"]}
     ours = [row for name, row in rows.items() if name.startswith("offload-layers")]
-    assert len(ours) == 7
+    assert len(ours) == 8
     assert all(row["identical"] for row in ours)  # what fits a device is not kept in eight bits
     assert rows["plain, resident"]["over_floor"] == 1.0

@@ -8,8 +8,8 @@ A row tells the seconds of a forward (median) and their ratio to the floor, whic
 and bytes over bus, the most memory that tensors and other programs had, and what the driver saw. ``!`` marks
 outputs that are not those of the plain model, as those of weights kept in eight bits must be, and ``?`` those
 that were not compared, as the plain model did not fit. Weights of "locked" come from a source and wait in
-page-locked memory; those of the other rows wait where the model has them. The peak is that of the forwards
-that are timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how
+page-locked memory; those of "own" belong to the model alone and are moved there in the third forward; those of
+the other rows are shared by all rows and stay where they are. The peak is that of the forwards that are timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how
 often torch asked the driver for memory while it was timed: 0 if what has passed through is used again.
 Weights "from disk" are in the page cache, one gigabyte of them may be in host memory. "Predicted" is what a
 plan on the same inputs says beforehand.
@@ -55,6 +55,7 @@ class Subject(NamedTuple):
         stays_nbytes: What need not cross the bus in a forward; None: all may stay.
         make: Manages a plain model.
         bits: Of an element that crosses the bus.
+        owns: Whether nobody else has the weights of the plain model.
         limit_nbytes: Of the device's memory; None: no limit.
     """
 
@@ -62,6 +63,7 @@ class Subject(NamedTuple):
     stays_nbytes: int | None
     make: "Make"
     bits: int = 16
+    owns: bool = False
 
     @property
     def limit_nbytes(self) -> int | None:
@@ -284,6 +286,7 @@ def subjects(device: torch.device, file: Path) -> list[Subject]:
     ]
     found += [Subject(f"offload-layers, {n} GB", n * GB, ours(device, n * GB)) for n in LIMITS]
     found.append(Subject("offload-layers, locked, 4 GB", 4 * GB, from_source(device, 4 * GB, file, "auto")))
+    found.append(Subject("offload-layers, own, 4 GB", 4 * GB, ours(device, 4 * GB), owns=True))
     found.append(Subject("offload-layers, fp8, 4 GB", 4 * GB, ours(device, 4 * GB, EIGHT), bits=8))
     found.append(Subject("offload-layers, from disk, 4 GB", 4 * GB, from_source(device, 4 * GB, file, GB)))
     if device.type != "cpu":  # its limit asks the driver
@@ -300,7 +303,10 @@ def measure(
     driver.forget()
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     arguments = inputs(tokens, driver.device)
-    model = subject.make(build(weights), arguments)
+    its = {name: tensor.clone() for name, tensor in weights.items()} if subject.owns else weights
+    plain = build(its)
+    del its
+    model = subject.make(plain, arguments)
     plan = getattr(model, "plan", None)
     predicted_s = None if plan is None else plan.predict().total_s
     predicted_nbytes = None if plan is None else plan.peak_device_nbytes + plan.work.activations_nbytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_layers import AutoWrappedLinear, _idle_workers, _residency, enable_vram_management
+from offload_layers import AutoWrappedLinear, _fetching, _idle_workers, enable_vram_management
 from offload_layers.testing import CountingSource, FakeDevice
 from torch import Tensor, nn
 
@@ -132,7 +132,7 @@ class TestWhen:
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[None]:
         calls: list[None] = []
-        monkeypatch.setattr(_residency, "let_idle_workers_sleep", lambda: calls.append(None))
+        monkeypatch.setattr(_fetching, "let_idle_workers_sleep", lambda: calls.append(None))
         return calls
 
     @staticmethod

@@ -225,7 +225,7 @@ def to(self: Tensor, *args: Any, non_blocking: bool = False, **kwargs: Any) -> T
     with raw():
         there = plain_class(plain_to(self, dtype, copy=True), CudaTensor if device == CUDA else Tensor)
     sim.launch("to", [self], [there] if device == CUDA else [])
-    if device != self.device and not (non_blocking and isinstance(self, PinnedTensor)):
+    if device != self.device and not (non_blocking and is_pinned(self)):
         sim.current_stream().synchronize()
     return there
 
@@ -254,6 +254,12 @@ def as_subclass(self: Tensor, cls: Any) -> Tensor:
     return self if isinstance(self, CudaTensor) else nn.Parameter(self, requires_grad=False)
 
 
+def is_pinned(self: Tensor, device: Any = None) -> bool:
+    """Stand in for ``Tensor.is_pinned``: a parameter whose values were moved keeps its class."""
+    block = sim.block(self)
+    return block is not None and block.stream is None
+
+
 @pytest.fixture(autouse=True)
 def _simulated() -> Iterator[None]:
     global sim
@@ -266,6 +272,7 @@ def _simulated() -> Iterator[None]:
             (torch, "empty", empty),
             (Tensor, "to", to),
             (Tensor, "as_subclass", as_subclass),
+            (Tensor, "is_pinned", is_pinned),
             (_pinned, "_page_locked", page_locked),
             (_pinned, "available_ram", lambda: 1 << 40),
             (_pinned, "CHUNK", 64),
@@ -547,6 +554,36 @@ def test_weights_that_the_caller_has_page_locked_are_overwritten() -> None:
     model(x)
     model.load_state_dict({"0.weight": torch.ones(WIDTH), "0.shift": torch.ones(WIDTH)})
     assert sim.races == []
+
+
+@pytest.mark.parametrize("name", ["host", "page-locked"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_whoever_has_page_locked_weights_may_change_them_at_once(name: str, waits: bool) -> None:
+    with ExitStack() as stack:
+        if not waits:
+            stack.enter_context(mock.patch.object(Accelerator, "let_pass"))
+        model, x = make(nn.Sequential(Scale(), Scale(), Scale()), name, 0), ones()
+        for _ in range(4):  # a model's own weights are moved after the third
+            model(x)
+        locked = [parameter for parameter in model.parameters() if parameter.is_pinned()]
+        assert len(locked) == 3
+        for parameter in locked:
+            block: Any = sim.block(parameter)
+            block.check(sim.host, "the host writes", writes=True, where=bytes_of(parameter))
+    assert bool(sim.races) == (not waits)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_whoever_has_read_a_weight_may_change_it_where_it_rests(waits: bool) -> None:
+    with ExitStack() as stack:
+        if not waits:
+            stack.enter_context(mock.patch.object(Accelerator, "let_pass"))
+        layer = one_scale("page-locked")
+        layer.weight.add(1)
+        parameter = layer._owner().weights[0].registered
+        block: Any = sim.block(parameter)
+        block.check(sim.host, "the host writes", writes=True, where=bytes_of(parameter))
+    assert bool(sim.races) == (not waits)
 
 
 def test_buffers_that_came_in_inference_mode_can_be_written() -> None:

@@ -25,6 +25,13 @@ Note [Any stream may compute]
     Who reads weights from outside of their layer has to ask for each: what is staged for readers is not an
     attribute of its module.
 
+Note [Whoever has weights may change them]
+    From page-locked memory a copy engine reads when it gets there, and the host goes on. Whoever then changes
+    a weight in place in host memory would change what is computed, or half of it. So the host waits for the
+    copies of a layer when that layer ends (``let_pass``): for a copy which the computation that was just told
+    needs as well. The copies of the next layers go on meanwhile, and what is changed before these are called
+    is fetched anew.
+
 Note [Weights that rest on the device]
     Copies of weights that rest on the device in another dtype are made aside, too, from what the stream of a
     caller may just have written: an optimizer's step, say. So the copying queue first waits for his stream.
@@ -115,6 +122,9 @@ class Device(Protocol):
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a host tensor in memory from which it crosses fastest, itself if there is none better."""
 
+    def reads_in_place(self, tensor: Tensor) -> bool:
+        """Say whether `upload` lets the device read a host tensor where it lies, after it has returned."""
+
     def computes_here(self) -> None:
         """Be told that the current queue is one that computes."""
 
@@ -126,6 +136,9 @@ class Device(Protocol):
 
     def wait(self, mark: Mark) -> None:
         """Let the current queue go on after *mark* only."""
+
+    def let_pass(self, mark: Mark) -> None:
+        """Make the host wait until its queue has passed *mark*."""
 
     def finished(self) -> None:
         """Let the copying queue go on only after what the computation was told up to now."""
@@ -174,6 +187,10 @@ class HostDevice:
         """Return *tensor*: it does not cross anything."""
         return tensor
 
+    def reads_in_place(self, tensor: Tensor) -> bool:
+        """Say no: whoever reads it reads it at once."""
+        return False
+
     def computes_here(self) -> None:
         """Do nothing."""
 
@@ -186,6 +203,9 @@ class HostDevice:
         return None
 
     def wait(self, mark: Mark) -> None:
+        """Do nothing."""
+
+    def let_pass(self, mark: Mark) -> None:
         """Do nothing."""
 
     def finished(self) -> None:
@@ -274,6 +294,10 @@ class Accelerator:
         """Return a copy in page-locked memory while there is some."""
         return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
 
+    def reads_in_place(self, tensor: Tensor) -> bool:
+        """Say whether it is page-locked."""
+        return self._has_streams and tensor.device.type == "cpu" and tensor.is_pinned()
+
     def _copying(self) -> Any:
         if self._copies is None:
             with self._making_copies:
@@ -304,6 +328,11 @@ class Accelerator:
         """Enqueue a wait; the host goes on."""
         if mark is not None:
             self._module.current_stream(self._device).wait_event(mark)
+
+    def let_pass(self, mark: Mark) -> None:
+        """Let the host wait for the event."""
+        if mark is not None:
+            mark.synchronize()
 
     def finished(self) -> None:
         """See Note [Memory that two queues use]."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from offload_layers._changes import unwatch
 from offload_layers._device import device_of
 from offload_layers._errors import IllegalTransitionError
 from offload_layers._placement import Placement, Policy
@@ -128,6 +129,8 @@ class Owning(Resting):
                     there = torch.device("cpu") if home.is_meta else home.device
                     plain[home] = weight.copy_to(placement or Placement(there), self.source)
             parameters = [plain[weight.registered] for weight in self.weights]
+            for parameter in parameters:
+                unwatch(parameter)
             self._hide()
             self._tiers.rehome(parameters)
             if placement is not None:

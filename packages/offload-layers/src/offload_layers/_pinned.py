@@ -15,8 +15,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from offload_layers._changes import is_plain
 from offload_layers._errors import ConfigError
 from offload_layers._machine import available_ram
 
@@ -50,7 +51,7 @@ class PinnedSlabs:
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a copy of a host tensor in page-locked memory, or the tensor itself if there is none."""
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        if tensor.layout is not torch.strided or not is_plain(tensor):
             return tensor
         place = self._take(tensor.numel() * tensor.element_size())
         if place is None:

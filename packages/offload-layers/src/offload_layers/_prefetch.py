@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from offload_layers._budget import Lease
-from offload_layers._changes import Fingerprint
+from offload_layers._changes import Noted
 from offload_layers._counters import Counters
 from offload_layers._device import Mark
 from offload_layers._labels import label
@@ -31,7 +31,7 @@ from offload_layers._order import ExecutionOrder, Place
 from offload_layers._reader import Job, Reader
 from offload_layers._source import Source
 
-MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Fingerprint]]]
+MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Noted]]]
 
 #: of the largest layer: how much is fetched ahead
 LARGEST_AHEAD = 2
@@ -65,7 +65,7 @@ class Fetchable(Protocol):
         """Borrow the bytes of a staged copy, or return None if they do not fit beside what is there."""
 
     def at_rest(self) -> MadeFrom:
-        """Return what a staged copy is made from: the source, and the parameters with their fingerprints."""
+        """Return what a staged copy is made from: the source, and the parameters as they are now."""
 
     def fetch(self) -> "tuple[list[Tensor], Mark]":
         """Return the weights in the computation placement, without gradients; called on another thread."""

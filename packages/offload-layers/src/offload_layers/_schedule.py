@@ -151,7 +151,7 @@ class Schedule:
         self._round_began = self._called.get(reference, 0)
         self._called[reference] = self.last_called
 
-    def take(self, layer: Scheduled) -> Fetched | None:
+    def take(self, layer: Fetchable) -> Fetched | None:
         """Return what was fetched ahead for *layer*, or None."""
         return self.prefetcher.take(layer)
 

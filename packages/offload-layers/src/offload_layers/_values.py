@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_layers._changes import Fingerprint, fingerprint
+from offload_layers._changes import Noted, noted
 from offload_layers._residency import Residency
 from offload_layers._resting import HEIGHT
 from offload_layers._schedule import Schedule
@@ -35,13 +35,13 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
     with ExitStack() as stack:
         for layer in sorted(layers, key=id):  # in one order, so that threads do not wait for each other
             stack.enter_context(layer.at_home())
-        lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint]] = []
+        lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Noted]] = []
         for weight in weights:
             home = weight.registered
             if home.is_meta:
                 values = weight.read(residency.source) if read else torch.empty(home.shape, dtype=home.dtype)
                 weight.register(parameter_like(home, values))
-            lent.append((weight, home, weight.registered, fingerprint(weight.registered)))
+            lent.append((weight, home, weight.registered, noted(weight.registered)))
         residency.is_open = True
         try:
             yield
@@ -49,7 +49,7 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
             residency.is_open = False
             for weight, home, parameter, version in lent:
                 is_same = weight.held is parameter
-                untouched = is_same and fingerprint(parameter) == version
+                untouched = is_same and noted(parameter) == version
                 residency.settle(weight, home if untouched else weight.held)
                 if is_same and not untouched:
                     for layer, other in tied.get(weight, ()):

@@ -182,6 +182,10 @@ class FakeDevice:
         """Return *tensor*: all memory of the host is alike here."""
         return tensor
 
+    def reads_in_place(self, tensor: Tensor) -> bool:
+        """Say no: what a layer needs is there when it computes, and all computation is done at once."""
+        return False
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Let this thread use the second queue in the block."""
@@ -210,6 +214,9 @@ class FakeDevice:
                 there = block()
                 if there is not None:
                     there.holding(values.shape, dtype).copy_(values)
+
+    def let_pass(self, mark: _FakeMark | None) -> None:
+        """Do nothing: see `reads_in_place`."""
 
     def finished(self) -> None:
         """Let the second queue go on after what the computation was told."""
