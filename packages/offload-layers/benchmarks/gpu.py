@@ -8,9 +8,10 @@ A row tells the seconds of a forward (median) and their ratio to the floor, whic
 and bytes over bus, the most memory that tensors and other programs had, and what the driver saw. ``!`` marks
 outputs that are not those of the plain model, as those of weights kept in eight bits must be, and ``?`` those
 that were not compared, as the plain model did not fit. Weights of "locked" come from a source and wait in
-page-locked memory; those of "own" belong to the model alone and are moved there in the third forward; those of
-the other rows are shared by all rows and stay where they are. The peak is that of the forwards that are timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how
-often torch asked the driver for memory while it was timed: 0 if what has passed through is used again.
+page-locked memory; those of "own" belong to the model alone and are moved there in the third forward; those
+of the other rows are shared by all rows and stay where they are. The peak is that of the forwards that are
+timed, "at first" that of the three before them, in which a model is learned. ``mallocs`` is how often torch
+asked the driver for memory while it was timed: 0 if what has passed through is used again.
 Weights "from disk" are in the page cache, one gigabyte of them may be in host memory. "Predicted" is what a
 plan on the same inputs says beforehand.
 
