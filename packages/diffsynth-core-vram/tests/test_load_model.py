@@ -91,6 +91,15 @@ def test_model_loaded_in_a_block_keeps_its_weights(plain, file):
     assert torch.equal(model(X), plain(X))
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_managed_model_loaded_in_a_block_has_its_weights_there_and_afterwards(plain, file, where):
+    with skip_model_initialization():
+        model = load_model(Net, file, module_map=LAYERS, vram_config=everywhere(where))
+        inside = model(X)
+    assert torch.equal(inside, plain(X))
+    assert torch.equal(model(X), plain(X))
+
+
 def test_configuration_is_passed_on():
     model = load_model(
         nn.Linear, "", {"in_features": 2, "out_features": 3}, state_dict=nn.Linear(2, 3).state_dict()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from skipinit import NestedBlockError, skip_model_initialization, unmaterialized
+from skipinit import NestedBlockError, skip_model_initialization, suspended, unmaterialized
 from torch import nn
 
 
@@ -49,6 +49,71 @@ def test_nested_block_for_another_device_is_refused() -> None:
     ):
         pass
     assert is_real(nn.Linear(2, 2))
+
+
+# -- suspension --------------------------------------------------------------------------------------
+
+
+def test_what_is_made_while_a_block_is_suspended_is_plain() -> None:
+    with skip_model_initialization():
+        before = nn.Linear(2, 2)
+        with suspended():
+            loaded = nn.Linear(2, 2)
+            assert before.weight.is_meta
+            assert torch.equal(loaded(torch.ones(1, 2)), loaded(torch.ones(1, 2)))
+        after = nn.Linear(2, 2)
+    assert is_real(loaded)
+    assert is_meta(before)
+    assert is_meta(after)
+
+
+def test_a_suspended_block_is_joined_by_none() -> None:
+    with skip_model_initialization(), suspended():
+        with skip_model_initialization("cpu"):  # another device is no contradiction
+            real = nn.Linear(2, 2)
+        with skip_model_initialization():
+            model = nn.Linear(2, 2)
+        assert is_meta(model)
+        model.weight = nn.Parameter(torch.ones(2, 2))  # not by load_state_dict, which a block knows
+        model.bias = nn.Parameter(torch.ones(2))
+    assert is_real(real)
+    assert is_real(model)
+
+
+def test_pending_tensors_get_values_when_a_block_is_suspended() -> None:
+    with skip_model_initialization():
+        tensor = torch.arange(3.0).mul_(2)
+        parameter = nn.Parameter(torch.full((2,), 3.0))
+        layer = nn.Linear(2, 2)
+        with suspended():
+            assert tensor.tolist() == [0, 2, 4]
+        assert tensor.add(1).tolist() == [1, 3, 5]
+        layer.register_parameter("other", parameter)
+        assert layer.other.tolist() == [3, 3]
+    assert is_meta(layer)
+    assert tensor.tolist() == [0, 2, 4]
+
+
+def test_an_error_ends_a_suspension() -> None:
+    with skip_model_initialization():
+        with pytest.raises(ZeroDivisionError), suspended():
+            _ = 1 / 0
+        layer = nn.Linear(2, 2)
+    assert is_meta(layer)
+
+
+def test_suspensions_may_be_nested_and_need_no_block() -> None:
+    @suspended()
+    def load() -> nn.Module:
+        with suspended():
+            return nn.Linear(2, 2)
+
+    assert is_real(load())
+    with skip_model_initialization():
+        layers = load(), load()
+        skipped = nn.Linear(2, 2)
+    assert is_real(nn.ModuleList(layers))
+    assert is_meta(skipped)
 
 
 def test_one_object_enters_many_times() -> None:

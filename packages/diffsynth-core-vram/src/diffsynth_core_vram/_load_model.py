@@ -13,7 +13,7 @@ from offload_layers import (
     enable_vram_management,
 )
 from safemap import DiskMap
-from skipinit import skip_model_initialization
+from skipinit import skip_model_initialization, suspended
 from torch import Tensor, nn
 
 from diffsynth_core_vram._fit import check_fit, tie_aliases
@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 StateDictConverter = Callable[[Any], Mapping[str, Any]]
 
 
+@suspended()
 def load_model(
     model_class: Callable[..., Model],
     path: Any,
@@ -69,8 +70,8 @@ def load_model(
             The model keeps it as ``quantize_config``. Managed layers that are quantized move as they are.
 
     Returns:
-        The model.  Layers kept on disk go on reading the files, which must stay as they are.  Load managed
-        models outside of ``skip_model_initialization()``: the end of a block takes their weights away.
+        The model.  Layers kept on disk go on reading the files, which must stay as they are.  A block of
+        ``skip_model_initialization()`` around the call makes no difference.
 
     Raises:
         CheckpointMismatchError: tensors are missing, unexpected or of another shape, or complex where the

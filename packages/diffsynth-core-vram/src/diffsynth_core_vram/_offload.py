@@ -7,7 +7,7 @@ import offload_layers
 import torch
 from offload_layers import Offloaded
 from safemap import DiskMap
-from skipinit import skip_model_initialization
+from skipinit import skip_model_initialization, suspended
 from torch import nn
 
 from diffsynth_core_vram._fit import check_fit, tie_aliases
@@ -15,6 +15,7 @@ from diffsynth_core_vram._fit import check_fit, tie_aliases
 StateDictConverter = Callable[[Any], Mapping[str, Any]]
 
 
+@suspended()
 def offload(
     model_class: Callable[..., nn.Module] | nn.Module,
     path: Any,

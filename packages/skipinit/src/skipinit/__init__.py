@@ -1,6 +1,6 @@
 """Build a PyTorch model without storing or computing the parameters that its checkpoint overwrites."""
 
-from ._context import skip_model_initialization
+from ._context import skip_model_initialization, suspended
 from ._errors import NestedBlockError, PendingValueError, SkipinitError, UnmaterializedError
 from ._materialized import check_materialized, unmaterialized
 
@@ -11,5 +11,6 @@ __all__ = [
     "UnmaterializedError",
     "check_materialized",
     "skip_model_initialization",
+    "suspended",
     "unmaterialized",
 ]

@@ -12,6 +12,7 @@ import gc
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -49,6 +50,7 @@ class Block(TorchFunctionMode):
         super().__init__()
         self.device = device
         self.depth = 1
+        self.suspensions = 0
         self.log = Log()
         self.parameters: dict[int, nn.Parameter] = {}  # by id: those that modules registered
         self.loaded: dict[int, weakref.ref[nn.Parameter]] = {}  # by id: what load_state_dict assigned
@@ -62,8 +64,9 @@ class Block(TorchFunctionMode):
         return block if block is not None and block.is_current() else None
 
     def is_current(self) -> bool:
-        """Whether this thread and this task are those that opened the block."""
-        return self.depth > 0 and self._thread == _thread() and self._task is _current_task()
+        """Whether this thread and this task are those that opened the block, and have not suspended it."""
+        is_open = self.depth > 0 and not self.suspensions
+        return is_open and self._thread == _thread() and self._task is _current_task()
 
     def __torch_function__(
         self, function: Any, types: object, arguments: Any = (), keywords: Any = None
@@ -75,6 +78,18 @@ class Block(TorchFunctionMode):
     def open(self) -> None:
         _entered.set(self)
         _push_mode(self)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Leave the thread alone for a while; what is pending gets its value, unless it is a parameter."""
+        with torch._C.DisableTorchFunction():
+            for tensor in self.log.survivors():
+                self.log.materialize(tensor)
+        self.suspensions += 1
+        try:
+            yield
+        finally:
+            self.suspensions -= 1
 
     def close(self, *, failed: bool) -> None:
         """End the block: no pending tensor outlives it, except parameters on the meta device.

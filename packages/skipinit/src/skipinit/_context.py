@@ -1,8 +1,9 @@
 """`skip_model_initialization`, the public face of a block."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import ParamSpec, TypeVar, cast
 
@@ -96,3 +97,28 @@ class skip_model_initialization:
                 return function(*args, **kwargs)
 
         return run
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Work as if no block were open.
+
+    This is for functions that load models, and may be called in a block by others::
+
+        def load(path):
+            with suspended():
+                with skip_model_initialization():  # one of its own, which joins no other
+                    model = Model()
+                model.load_state_dict(read(path), assign=True)
+            return model
+
+    What is made here is real, and stays so when the block around it ends. Tensors that are pending when it
+    begins get their values, except parameters, which are on the meta device here. Without a block around it,
+    it does nothing.
+
+    Raises:
+        PendingValueError: a value that is needed cannot be known.
+    """
+    block = Block.current()
+    with contextlib.nullcontext() if block is None else block.suspended():
+        yield
