@@ -107,7 +107,13 @@ def times_asked(tensor: Tensor) -> int:
 
 
 def noted(tensor: Tensor) -> Noted:
-    """Return what any change of *tensor* from now on alters, through ``.data`` as well."""
-    if type(tensor) is nn.Parameter and not tensor.is_meta:
-        watch(tensor)
-    return *fingerprint(tensor), times_asked(tensor)
+    """Return what any change of *tensor* from now on alters, through ``.data`` as well.
+
+    This is asked for each weight of each layer that is called, so it calls nothing of ours.
+    """
+    kind, asked = type(tensor), 0
+    if kind is WatchedParameter:
+        asked = tensor.__dict__.get(_ASKED, 0)
+    elif kind is nn.Parameter and not tensor.is_meta:
+        tensor.__class__ = WatchedParameter
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr(), asked
