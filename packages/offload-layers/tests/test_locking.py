@@ -1,5 +1,6 @@
 """Weights that wait in host memory are moved to memory from which they cross faster: whose, and when."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -181,3 +182,28 @@ def test_weights_that_were_moved_can_be_changed_and_are_given_back(bus: Locking)
     assert not torch.equal(changed, expected)
     disable_vram_management(model)
     assert torch.equal(model.float()(X), changed)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_weights_are_page_locked_and_may_be_changed_at_once() -> None:
+    torch.manual_seed(0)
+    width = 4096  # so that a copy takes longer than a call
+    plain = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(6))).requires_grad_(False)
+    model, x = copy.deepcopy(plain), torch.randn(8, width, device="cuda")
+    config = HOST | {"computation_device": "cuda"}
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, 0)
+    plain.to("cuda")
+    for _ in range(CROSSINGS + 1):
+        expected = plain(x)
+        assert torch.equal(model(x), expected)
+    assert all(weight.is_pinned() for weight in at_rest(model))
+    for _ in range(3):
+        torch.cuda.synchronize()
+        out = model(x)
+        for weight in at_rest(model):  # while the device is still at work
+            weight.zero_()
+        assert torch.equal(out, expected)
+        model.load_state_dict(plain.state_dict())
