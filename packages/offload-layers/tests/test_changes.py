@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_layers import (
-    AutoWrappedLinear,
-    AutoWrappedModule,
-    disable_vram_management,
-    enable_vram_management,
-)
+from offload_layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
 from offload_layers.testing import CountingSource, FakeDevice, residencies, with_own_budget
 from torch import Tensor, nn
 
@@ -70,29 +65,38 @@ def test_what_was_fetched_ahead_is_fetched_anew() -> None:
         assert torch.equal(model(X), oracle(X))
 
 
-def test_parameters_are_plain_again_once_they_are_given_back_or_copied() -> None:
+def test_a_change_through_what_was_taken_long_before() -> None:
+    model, oracle = managed(), plain().float()
+    values, its = ([parameter.data for parameter in m.parameters()] for m in (model, oracle))
+    for _ in range(2):
+        assert torch.equal(model(X), oracle(X))
+        for tensor in (*values, *its):
+            tensor.mul_(0.5)
+    assert torch.equal(model(X), oracle(X))
+
+
+def test_new_data_may_lie_where_the_old_ones_lay() -> None:
+    model = enable_vram_management(nn.Sequential(nn.RMSNorm(1 << 16, dtype=torch.bfloat16)), FACES, HALF)
+    (parameter,) = model.parameters()
+    x = torch.ones(1, 1 << 16)
+    for factor in range(1, 12):
+        for other in (100.0, 0.0):
+            parameter.data = torch.full_like(parameter, factor + other)
+        assert torch.allclose(model(x), factor * x, rtol=1e-2)
+
+
+def test_parameters_at_rest_are_what_they_were() -> None:
     model = managed()
-    model(X)
+    before = list(model.parameters())
+    for _ in range(3):
+        model(X)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert {type(parameter) for parameter in before} == {nn.Parameter}
+    assert not any(vars(parameter) for parameter in before)
+    assert torch.equal(nn.Parameter(before[0], requires_grad=False), before[0])
     twin, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(X), model(X))
     assert torch.equal(read.float()(X), plain().float()(X))
-    disable_vram_management(twin)
-    disable_vram_management(model)
-    for given in (model, twin, read):
-        assert {type(parameter) for parameter in given.parameters()} == {nn.Parameter}
-        assert not any(vars(parameter) for parameter in given.parameters())
-
-
-def test_a_copy_takes_what_others_have_set_on_the_parameter() -> None:
-    model = managed()
-    model[0][1]._parameters["weight"].fan = 3
-    model(X)
-    (twin,) = copy.deepcopy([model])
-    assert model[0][1].weight.fan == 3
-    assert model[0][1]._parameters["weight"].fan == 3
-    disable_vram_management(model)
-    assert vars(model[0][1].weight) == {"fan": 3}
-    assert torch.equal(twin(X), plain().float()(X))
 
 
 class Overwriting(nn.Linear):
@@ -128,3 +132,24 @@ def test_reading_data_does_not_move_a_weight_from_disk_to_memory() -> None:
     assert values
     model(X)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class Looking(nn.Linear):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        name = prefix + "weight"
+        state_dict[name] = state_dict[name].to(self._parameters["weight"].data.dtype)  # type: ignore[union-attr]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_load_that_is_refused_changes_nothing_of_a_weight_on_disk() -> None:
+    model: Any = nn.Sequential(Looking(WIDTH, WIDTH, bias=False)).requires_grad_(False)
+    source = CountingSource(copy.deepcopy(model.state_dict()))
+    roles = ("offload", "onload", "preparing")
+    config = HALF | {f"{role}_{what}": "disk" for role in roles for what in ("dtype", "device")}
+    enable_vram_management(model, {Looking: AutoWrappedModule}, config, None, source)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"0.weight": torch.zeros(WIDTH + 1, WIDTH)})
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(model.state_dict()["0.weight"], source["0.weight"])
+    model.load_state_dict({"0.weight": torch.eye(WIDTH)})
+    assert torch.equal(model(X), X)

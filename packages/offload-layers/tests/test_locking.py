@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from offload_layers import AutoWrappedLinear, disable_vram_management, enable_vram_management
 from offload_layers import _locking as locking
 from offload_layers._locking import CROSSINGS, lock_pages
+from offload_layers._pinned import PinnedSlabs
 from offload_layers.testing import FakeDevice, with_own_budget
 from torch import Tensor, nn
 
@@ -98,6 +100,14 @@ def test_what_cannot_be_moved_stays(kind: str) -> None:
     assert not lock_pages(its[kind](), Locking())
 
 
+def test_memory_that_was_exported_stays_where_it_is() -> None:
+    its = parameter()
+    capsule = torch.utils.dlpack.to_dlpack(its)
+    assert not lock_pages(its, Locking())
+    del capsule
+    assert lock_pages(its, Locking())
+
+
 def test_without_a_count_of_who_has_memory_nothing_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     assert not locking._is_alone(parameter())
@@ -182,6 +192,32 @@ def test_weights_that_were_moved_can_be_changed_and_are_given_back(bus: Locking)
     assert not torch.equal(changed, expected)
     disable_vram_management(model)
     assert torch.equal(model.float()(X), changed)
+
+
+def test_what_others_had_at_first_is_moved_later(bus: Locking) -> None:
+    model = managed(HALF)
+    state = model.state_dict()
+    for _ in range(CROSSINGS + 1):
+        model(X)
+    assert not bus.locked
+    del state
+    for _ in range(CROSSINGS - 1):
+        model(X)
+    assert len(bus.locked) == 4
+
+
+def test_what_is_saved_or_given_back_has_no_part_of_a_slab(bus: Locking, tmp_path: Path) -> None:
+    slabs = PinnedSlabs(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    bus.lock = slabs.lock  # type: ignore[method-assign]
+    model = managed(HALF)
+    for _ in range(CROSSINGS):
+        model(X)
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in at_rest(model))
+    torch.save(model.state_dict(), tmp_path / "saved.pt")
+    assert (tmp_path / "saved.pt").stat().st_size < 100_000
+    before = [weight.data_ptr() for weight in at_rest(model)]
+    disable_vram_management(model)
+    assert not {weight.data_ptr() for weight in model.parameters()} & set(before)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from offload_layers import (
     enable_vram_management,
 )
 from offload_layers._device import Accelerator, replaced
+from offload_layers._pinned import PinnedSlabs
 from offload_layers._placement import GIB
 from offload_layers.testing import CountingSource, residencies
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 raw = torch._C.DisableTorchFunctionSubclass
+plain_lock = PinnedSlabs.lock
 plain_to, plain_empty, plain_class = Tensor.to, torch.empty, Tensor.as_subclass
 Clock = Counter  # of each stream, how much of its work comes before
 
@@ -97,6 +99,8 @@ class Simulation:
         self.host: Clock = Clock()  # what somebody has waited for is over
         self.blocks: dict[int, Block] = {}
         self.freed: list[Block] = []
+        self.locked: list[tuple[Block, range]] = []
+        self.slabs: list[Tensor] = []  # so that they are not freed
         self.lock = threading.RLock()
         self._current = threading.local()
 
@@ -120,7 +124,11 @@ class Simulation:
 
     def block(self, tensor: Tensor) -> Block | None:
         with raw():
-            return self.blocks.get(tensor.untyped_storage()._cdata)
+            block, address = self.blocks.get(tensor.untyped_storage()._cdata), tensor.data_ptr()
+        if block is None and tensor.device.type == "cpu":
+            its = (locked for locked, where in self.locked if address in where)
+            return next(its, None)  # memory of its own, but of a slab
+        return block
 
     def allocate(self, tensor: Tensor, stream: Stream | None) -> None:
         if stream is not None:
@@ -157,8 +165,8 @@ class Simulation:
 def bytes_of(tensor: Tensor) -> range:
     with raw():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        start, itemsize = tensor.storage_offset(), tensor.element_size()
-        return range(start * itemsize, (start + last + 1) * itemsize)
+        start = tensor.data_ptr()
+        return range(start, start + (last + 1) * tensor.element_size())
 
 
 def changes_first(function: Any) -> bool:
@@ -244,7 +252,16 @@ def page_locked(nbytes: int) -> Tensor:
     tensor = plain_class(plain_empty(nbytes, dtype=torch.uint8), PinnedTensor)
     with sim.lock:
         sim.allocate(tensor, None)
+        block: Any = sim.block(tensor)
+        sim.locked.append((block, bytes_of(tensor)))
+        sim.slabs.append(tensor)
     return tensor
+
+
+def lock(self: PinnedSlabs, tensor: Tensor) -> Tensor:
+    """Stand in for ``PinnedSlabs.lock``: what lies in page-locked memory is of another class here only."""
+    locked = plain_lock(self, tensor)
+    return tensor if locked is tensor else plain_class(locked, PinnedTensor)
 
 
 def as_subclass(self: Tensor, cls: Any) -> Tensor:
@@ -274,6 +291,7 @@ def _simulated() -> Iterator[None]:
             (Tensor, "as_subclass", as_subclass),
             (Tensor, "is_pinned", is_pinned),
             (_pinned, "_page_locked", page_locked),
+            (PinnedSlabs, "lock", lock),
             (_pinned, "available_ram", lambda: 1 << 40),
             (_pinned, "CHUNK", 64),
             (_pinned, "SLAB", 1 << 12),
@@ -571,6 +589,18 @@ def test_whoever_has_page_locked_weights_may_change_them_at_once(name: str, wait
             block: Any = sim.block(parameter)
             block.check(sim.host, "the host writes", writes=True, where=bytes_of(parameter))
     assert bool(sim.races) == (not waits)
+
+
+def test_weights_that_the_caller_page_locks_later_may_be_changed_at_once() -> None:
+    model, x = make(nn.Sequential(Scale(), Scale(), Scale()), "host", 0), ones()
+    model(x)
+    for parameter in model.parameters():
+        parameter.data = page_locked(4 * WIDTH).view(F32).copy_(parameter)
+    model(x)
+    for parameter in model.parameters():
+        block: Any = sim.block(parameter)
+        block.check(sim.host, "the host writes", writes=True, where=bytes_of(parameter))
+    assert sim.races == []
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -116,6 +116,17 @@ def test_suspensions_may_be_nested_and_need_no_block() -> None:
     assert is_meta(skipped)
 
 
+def test_a_suspension_decorates_what_runs_when_it_is_called() -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Any:
+        yield
+
+    for function in (coroutine, generator, nn.Linear):
+        with pytest.raises(TypeError, match=r"suspended decorates plain functions, .* use a with-block"):
+            suspended()(function)
+
+
 def test_one_object_enters_many_times() -> None:
     block = skip_model_initialization()
     with block, block:

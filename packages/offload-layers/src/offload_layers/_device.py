@@ -295,8 +295,9 @@ class Accelerator:
         return tensor if tensor.is_pinned() or not self._has_streams else self._slabs.lock(tensor)
 
     def reads_in_place(self, tensor: Tensor) -> bool:
-        """Say whether it is page-locked."""
-        return self._has_streams and tensor.device.type == "cpu" and tensor.is_pinned()
+        """Say whether it is page-locked. Classes with operations of their own may not know: then no."""
+        is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        return self._has_streams and is_plain and tensor.device.type == "cpu" and tensor.is_pinned()
 
     def _copying(self) -> Any:
         if self._copies is None:

@@ -14,9 +14,8 @@ import functools
 import threading
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from offload_layers._changes import is_plain
 from offload_layers._errors import ConfigError
 
 _NAMES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -36,7 +35,7 @@ def is_fast(tensor: Tensor, dtype: torch.dtype) -> bool:
         tensor.dtype in FP8
         and dtype != tensor.dtype
         and tensor.device.type == "cpu"
-        and is_plain(tensor)
+        and type(tensor) in (Tensor, nn.Parameter)
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
 

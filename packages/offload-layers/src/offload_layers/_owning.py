@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from offload_layers._changes import unwatch
 from offload_layers._device import device_of
 from offload_layers._errors import IllegalTransitionError
+from offload_layers._locking import unlock_pages
 from offload_layers._placement import Placement, Policy
 from offload_layers._resting import STATE, Resting
 from offload_layers._state import State
@@ -128,9 +128,9 @@ class Owning(Resting):
                 if home not in plain:
                     there = torch.device("cpu") if home.is_meta else home.device
                     plain[home] = weight.copy_to(placement or Placement(there), self.source)
+                    if weight.was_moved:
+                        unlock_pages(plain[home])
             parameters = [plain[weight.registered] for weight in self.weights]
-            for parameter in parameters:
-                unwatch(parameter)
             self._hide()
             self._tiers.rehome(parameters)
             if placement is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_layers._changes import is_plain
+from offload_layers._changes import WatchedParameter
 from offload_layers._errors import MissingTensorError
 from offload_layers._placement import Placement, Policy
 from offload_layers._source import Source, offered, owning, read_tensor
@@ -56,7 +56,7 @@ class PackedWeight(Weight):
 
     def keeps_change_of(self, copy: Tensor) -> bool:
         """Say no for tensors of a class of their own: libraries lay them out anew when they compute."""
-        return is_plain(copy)
+        return type(copy) in (Tensor, nn.Parameter, WatchedParameter)
 
     def read(self, source: Source | None) -> Tensor:
         """Return what the source gives, whose shape is no other tensor's business."""
@@ -89,7 +89,7 @@ class PackedWeight(Weight):
 
     def _stand_in(self) -> nn.Parameter | Tensor:
         registered = self.registered
-        if registered.is_meta and is_plain(registered):
+        if registered.is_meta and type(registered) in (Tensor, nn.Parameter):
             return registered.detach() if self.is_buffer else registered.requires_grad_(False)
         empty = torch.empty(registered.shape, dtype=registered.dtype, device="meta")
         return empty if self.is_buffer else nn.Parameter(empty, requires_grad=False)
@@ -102,7 +102,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     with torch.no_grad():
         if type(tensor) is Tensor:
             return convert(tensor, Placement(device))
-        if isinstance(tensor, nn.Parameter) and is_plain(tensor):
+        if type(tensor) is nn.Parameter:
             return parameter_like(tensor, convert(tensor.detach(), Placement(device)))
         # some classes move what hangs on them in place, which would leave the original torn apart
         original = tensor if type(tensor).to is Tensor.to else _apart(tensor)

@@ -5,7 +5,6 @@ It follows from where they rest, and is worked out once for that, not for each c
 
 import functools
 
-from offload_layers._device import device_of
 from offload_layers._placement import Placement
 from offload_layers._weight import Weight
 
@@ -19,7 +18,6 @@ class Passing:
         copy_nbytes: Bytes of the device that the copies take.
         rests_on_device: Whether the device has the weights at rest, be it in another dtype.
         may_be_views: Whether the copies may turn out to be views of the source's memory.
-        reads_in_place: Whether the device reads weights at rest where they lie, when it comes to that.
     """
 
     def __init__(self, weights: list[Weight], computation: Placement, version: int) -> None:
@@ -29,8 +27,6 @@ class Passing:
         self.copy_nbytes = sum(weight.nbytes_in(computation) for weight in self._coming)
         self.rests_on_device = any(weight.registered.device == computation.device for weight in weights)
         self.may_be_views = bool(self.on_disk) and computation.device.type == "cpu"
-        device = device_of(computation.device)
-        self.reads_in_place = any(device.reads_in_place(weight.registered) for weight in self._coming)
 
     @functools.cached_property
     def moving_nbytes(self) -> int:

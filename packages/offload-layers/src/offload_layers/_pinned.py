@@ -15,9 +15,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from offload_layers._changes import is_plain
 from offload_layers._errors import ConfigError
 from offload_layers._machine import available_ram
 
@@ -51,16 +50,17 @@ class PinnedSlabs:
 
     def lock(self, tensor: Tensor) -> Tensor:
         """Return a copy of a host tensor in page-locked memory, or the tensor itself if there is none."""
-        if tensor.layout is not torch.strided or not is_plain(tensor):
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
             return tensor
         place = self._take(tensor.numel() * tensor.element_size())
         if place is None:
             return tensor
         with torch.no_grad():
-            locked = place.view(tensor.dtype).as_strided(tensor.shape, _strides(tensor)).copy_(tensor)
-            return locked.data  # a view has one count of in-place changes with all others of its slab
+            locked = torch.empty(0, dtype=tensor.dtype)
+            return locked.set_(place, 0, tensor.shape, _strides(tensor)).copy_(tensor)
 
-    def _take(self, nbytes: int) -> Tensor | None:
+    def _take(self, nbytes: int) -> torch.UntypedStorage | None:
+        """Return a piece of a slab, as memory of its own: what is saved of it is saved without the others."""
         if not 0 < nbytes <= LARGEST_SLAB:
             return None
         with self._lock:
@@ -71,7 +71,8 @@ class PinnedSlabs:
             if self._slab is None:
                 return None
             self._used = start + nbytes
-            return self._slab[start : start + nbytes]
+            piece: torch.UntypedStorage = self._slab.untyped_storage()[start : start + nbytes]
+            return piece
 
     def _new_slab(self, nbytes: int) -> Tensor | None:
         """Return a slab with room for *nbytes*: at most half of what there is already, if that is enough."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload_layers._changes import watch
 from offload_layers._device import OutOfMemory
 from offload_layers._fetching import Fetching
-from offload_layers._locking import CROSSINGS, lock_pages
+from offload_layers._locking import lock_pages
 from offload_layers._prefetch import Fetched
 from offload_layers._resting import HEIGHT
 from offload_layers._staged import StagedCopy
@@ -149,7 +149,7 @@ class Residency(Fetching):
             if weight.exposed is not None:  # the layer has become resident while this thread waited
                 return weight.exposed
             copy = self._computable(weight, differentiable=self._wants_gradients())
-            if self._passes().reads_in_place:
+            if self._device.reads_in_place(weight.registered):
                 self._device.let_pass(self._device.mark())
             return copy
 
@@ -216,17 +216,18 @@ class Residency(Fetching):
     def _crossed(self) -> None:
         """Count that the weights have crossed to the device; see ``_locking`` for what that leads to."""
         self._crossings += 1
-        if self._crossings != CROSSINGS:
+        if self._crossings != self._moves_at:
             return
+        self._moves_at *= 2  # for those that somebody else has now
         for weight, home in zip(self.weights, self._tiers.homes, strict=True):
             is_own = weight.registered is home and len(self._shared.holders(home)) == 1
-            if is_own and lock_pages(home, self._device):
-                self._passing = None
+            if is_own and not weight.was_moved:
+                weight.was_moved = lock_pages(home, self._device)
 
     def _let_copies_pass(self) -> None:
         """Wait until weights at rest have been read: see Note [Whoever has weights may change them]."""
         staged = self._staged
-        if staged is not None and self._passes().reads_in_place:
+        if staged is not None and any(self._device.reads_in_place(w.registered) for w in self.weights):
             self._device.let_pass(staged.fetched.ready)
 
     def _record_use(self, fetched: Fetched) -> None:

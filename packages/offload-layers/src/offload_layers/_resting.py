@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from offload_layers._books import Borrower
 from offload_layers._budget import Budget, Lease, budget_of
-from offload_layers._changes import unwatch
 from offload_layers._counters import Counters
 from offload_layers._device import device_of
 from offload_layers._labels import label
+from offload_layers._locking import CROSSINGS
 from offload_layers._passing import Passing
 from offload_layers._placement import Placement, Policy
 from offload_layers._prefetch import Fetched
@@ -77,6 +77,7 @@ class Resting:
         self._users = 0  # those that compute with the weights, and those that read them from outside
         self._callers = 0  # only those that compute
         self._crossings = 0  # how often copies of the weights were made for one computation
+        self._moves_at = CROSSINGS  # when the weights are moved to page-locked memory, if that is possible
         self._staged: StagedCopy | None = None
         self.keeps_staged = False  # a copy made for a computation is kept for the next one: it is small
         self._kept: Fetched | None = None
@@ -383,7 +384,6 @@ class Resting:
         self.resident = all(placement.holds(parameter) for parameter in self._tiers.top)
         if self.resident:
             for weight, parameter in zip(self.weights, self._tiers.top, strict=True):
-                unwatch(parameter)
                 weight.expose(parameter)
             self._move_buffers(placement.device)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from offload_layers._budget import Lease
-from offload_layers._changes import Fingerprint, fingerprint, times_asked
+from offload_layers._changes import Fingerprint, data_was_taken, fingerprint
 from offload_layers._prefetch import Fetched
 from offload_layers._weight import Weight
 
@@ -58,7 +58,7 @@ class StagedCopy:
         changed = []
         for weight, made_as in zip(weights, self._made_as, strict=True):
             staged = weight.held
-            differs, was_taken = fingerprint(staged) != made_as, times_asked(staged) > 0
+            differs, was_taken = fingerprint(staged) != made_as, data_was_taken(staged)
             if not (differs or was_taken):
                 continue
             if staged is weight.registered or not weight.keeps_change_of(staged):

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from offload_layers._changes import attributes, is_plain
 from offload_layers._device import device_of
 from offload_layers._placement import Placement
 
@@ -42,12 +41,12 @@ def cast_there(tensor: Tensor, placement: Placement) -> Tensor:
 def parameter_like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
     """Return a parameter which holds *data* and is otherwise as *parameter*: class, attributes, gradients."""
     trains = parameter.requires_grad and (data.is_floating_point() or data.is_complex())
-    if is_plain(parameter):
+    if type(parameter) is nn.Parameter:
         new = nn.Parameter(data, requires_grad=trains)
     else:
         new = cast(nn.Parameter, data.detach().as_subclass(type(parameter)).requires_grad_(trains))
     if parameter.__dict__:
-        new.__dict__.update(attributes(parameter))
+        new.__dict__.update(parameter.__dict__)
     return new
 
 

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from offload_layers._changes import Noted, noted
+from offload_layers._changes import Fingerprint, checksum, fingerprint
 from offload_layers._residency import Residency
 from offload_layers._resting import HEIGHT
 from offload_layers._schedule import Schedule
@@ -35,21 +35,24 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
     with ExitStack() as stack:
         for layer in sorted(layers, key=id):  # in one order, so that threads do not wait for each other
             stack.enter_context(layer.at_home())
-        lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Noted]] = []
+        lent: list[tuple[Weight, nn.Parameter, nn.Parameter, Fingerprint, Tensor | None]] = []
         for weight in weights:
             home = weight.registered
             if home.is_meta:
                 values = weight.read(residency.source) if read else torch.empty(home.shape, dtype=home.dtype)
                 weight.register(parameter_like(home, values))
-            lent.append((weight, home, weight.registered, noted(weight.registered)))
+            values_sum = checksum(weight.registered) if home.is_meta else None
+            lent.append((weight, home, weight.registered, fingerprint(weight.registered), values_sum))
         residency.is_open = True
         try:
             yield
         finally:
             residency.is_open = False
-            for weight, home, parameter, version in lent:
+            for weight, home, parameter, version, values_sum in lent:
                 is_same = weight.held is parameter
-                untouched = is_same and noted(parameter) == version
+                untouched = is_same and fingerprint(parameter) == version
+                if untouched and values_sum is not None:  # some overwrite them through ``.data``
+                    untouched = torch.equal(values_sum, checksum(parameter))  # type: ignore[arg-type]
                 residency.settle(weight, home if untouched else weight.held)
                 if is_same and not untouched:
                     for layer, other in tied.get(weight, ()):

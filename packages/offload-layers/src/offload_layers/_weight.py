@@ -75,6 +75,7 @@ class Weight:
     def __init__(self, name: str, slots: list[Slot]) -> None:
         self.name = name
         self.slots = slots
+        self.was_moved = False  # its values at home were, to page-locked memory
         self._covered: nn.Parameter | None = None  # what is registered at rest, while a staged copy is
         self.as_read: tuple[torch.dtype, int] | None = None  # dtype and bytes in the source that there is now
 

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from ._errors import NestedBlockError, SkipinitError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class skip_model_initialization:
@@ -99,17 +100,16 @@ class skip_model_initialization:
         return run
 
 
-@contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """Work as if no block were open.
+class suspended(contextlib.ContextDecorator):
+    """Work as if no block were open, in the block of a ``with`` or in a function that is decorated.
 
     This is for functions that load models, and may be called in a block by others::
 
+        @suspended()
         def load(path):
-            with suspended():
-                with skip_model_initialization():  # one of its own, which joins no other
-                    model = Model()
-                model.load_state_dict(read(path), assign=True)
+            with skip_model_initialization():  # one of its own, which joins no other
+                model = Model()
+            model.load_state_dict(read(path), assign=True)
             return model
 
     What is made here is real, and stays so when the block around it ends. Tensors that are pending when it
@@ -118,7 +118,28 @@ def suspended() -> Iterator[None]:
 
     Raises:
         PendingValueError: a value that is needed cannot be known.
+        TypeError: a class, a generator or a coroutine function is decorated: those run later than called.
     """
-    block = Block.current()
-    with contextlib.nullcontext() if block is None else block.suspended():
-        yield
+
+    def _recreate_cm(self) -> "suspended":
+        return suspended()  # for each call one of its own: several threads may call the function
+
+    def __enter__(self) -> None:
+        block = Block.current()
+        self._open = contextlib.nullcontext() if block is None else block.suspended()
+        self._open.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def __call__(self, function: F) -> F:
+        """Run every call of *function* as if no block were open."""
+        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        if isinstance(function, type) or any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                f"suspended decorates plain functions, not the class, generator or coroutine function "
+                f"{function.__qualname__}; use a with-block in it"
+            )
+        return super().__call__(function)
