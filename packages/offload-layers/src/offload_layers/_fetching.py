@@ -13,7 +13,7 @@ from offload_layers._idle_workers import let_idle_workers_sleep
 from offload_layers._labels import is_profiling, label
 from offload_layers._owning import Owning
 from offload_layers._passing import Passing
-from offload_layers._prefetch import Fetched, MadeFrom
+from offload_layers._prefetch import FOR_ONCE, Fetched, MadeFrom
 from offload_layers._source import Source, offered
 from offload_layers._views import Views
 from offload_layers._weight import Weight
@@ -131,16 +131,15 @@ class Fetching(Owning):
 
     def _differentiable(self, lease: Lease) -> Fetched:
         """Return copies through which gradients flow, made in the queue that computes."""
-        made_from = self.at_rest()
         tensors = [self._computable(weight, differentiable=True) for weight in self.weights]
-        return Fetched(tensors, lease, made_from, self._device.mark())
+        return Fetched(tensors, lease, FOR_ONCE, self._device.mark())
 
     def _copies(self, lease: Lease) -> Fetched:
         """Return copies without gradients, or the views that were kept."""
         views, passing = self._views, self._passes()
         if views is not None and views.version == passing.version and views.renew():
             return Fetched(views.tensors, lease, views.made_from)
-        made_from = self.at_rest()
+        made_from = self.at_rest() if self.keeps_staged or passing.may_be_views else FOR_ONCE
         if passing.rests_on_device:
             self._device.finished()  # see Note [Weights that rest on the device]
         tensors, ready = self._fetch_aside(self.source)

@@ -32,6 +32,7 @@ from offload_layers._reader import Job, Reader
 from offload_layers._source import Source
 
 MadeFrom = tuple[Source | None, list[tuple[nn.Parameter, Noted]]]
+FOR_ONCE: MadeFrom = None, []  #: of copies that are not to be used for another computation
 
 #: of the largest layer: how much is fetched ahead
 LARGEST_AHEAD = 2
