@@ -85,6 +85,15 @@ def test_new_data_may_lie_where_the_old_ones_lay() -> None:
         assert torch.allclose(model(x), factor * x, rtol=1e-2)
 
 
+def test_a_change_of_nothing_but_the_order_is_seen() -> None:
+    model, oracle = managed(), plain().float()
+    for _ in range(3):
+        for module in (model, oracle):
+            for parameter in module.parameters():
+                parameter.data.copy_(parameter.data.flip(0).clone())
+        assert torch.equal(model(X), oracle(X))
+
+
 def test_parameters_at_rest_are_what_they_were() -> None:
     model = managed()
     before = list(model.parameters())

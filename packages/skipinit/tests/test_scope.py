@@ -116,6 +116,18 @@ def test_suspensions_may_be_nested_and_need_no_block() -> None:
     assert is_meta(skipped)
 
 
+def test_one_suspension_may_be_entered_many_times() -> None:
+    block = suspended()
+    with skip_model_initialization():
+        with block:
+            with block:
+                layers = [nn.Linear(2, 2)]
+            layers.append(nn.Linear(2, 2))
+        skipped = nn.Linear(2, 2)
+    assert all(is_real(layer) for layer in layers)
+    assert is_meta(skipped)
+
+
 def test_a_suspension_decorates_what_runs_when_it_is_called() -> None:
     async def coroutine() -> None: ...
 

@@ -40,8 +40,8 @@ def lock_pages(parameter: nn.Parameter, device: Device) -> bool:
 
 
 def unlock_pages(parameter: Tensor) -> None:
-    """Move the values of a host parameter to memory that is not locked."""
-    if parameter.device.type == "cpu":
+    """Move the values of a host parameter to memory that is not locked, if no other tensor has them."""
+    if parameter.device.type == "cpu" and _is_alone(parameter):
         with torch.inference_mode(False):
             parameter.data = parameter.detach().clone()
 
@@ -51,6 +51,6 @@ def _is_alone(tensor: Tensor) -> bool:
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None or tensor.is_shared():  # type: ignore[no-untyped-call]
         return False
-    both: tuple[Any, Any] = tensor, nn.Parameter(torch.empty(1))
+    both: tuple[Any, Any] = tensor, nn.Parameter(torch.empty(1, device="cpu"))
     its, of_one = ((count(t.untyped_storage()._cdata), t._use_count()) for t in both)
     return bool(its == of_one)  # the second: one that was exported is held without its memory being so

@@ -76,6 +76,8 @@ class Owning(Resting):
 
     def settle(self, weight: Weight, parameter: nn.Parameter) -> None:
         """Make *parameter* the values at rest of *weight*: in the OFFLOAD placement, or on the host."""
+        if parameter is not self._tiers.home(weight):
+            weight.was_moved = False
         weight.register(parameter)
         with torch.inference_mode(False):  # they outlive the forward, if there is one
             if not self.policy.offload.is_disk:
@@ -128,7 +130,7 @@ class Owning(Resting):
                 if home not in plain:
                     there = torch.device("cpu") if home.is_meta else home.device
                     plain[home] = weight.copy_to(placement or Placement(there), self.source)
-                    if weight.was_moved:
+                    if weight.was_moved and plain[home] is home:
                         unlock_pages(plain[home])
             parameters = [plain[weight.registered] for weight in self.weights]
             self._hide()

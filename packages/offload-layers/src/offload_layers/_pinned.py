@@ -56,7 +56,7 @@ class PinnedSlabs:
         if place is None:
             return tensor
         with torch.no_grad():
-            locked = torch.empty(0, dtype=tensor.dtype)
+            locked = torch.empty(0, dtype=tensor.dtype, device="cpu")
             return locked.set_(place, 0, tensor.shape, _strides(tensor)).copy_(tensor)
 
     def _take(self, nbytes: int) -> torch.UntypedStorage | None:
@@ -118,7 +118,7 @@ def _buffer_nbytes(nbytes: int) -> int:
 
 
 def _page_locked(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _release_kept() -> None:

@@ -222,7 +222,10 @@ class Residency(Fetching):
         for weight, home in zip(self.weights, self._tiers.homes, strict=True):
             is_own = weight.registered is home and len(self._shared.holders(home)) == 1
             if is_own and not weight.was_moved:
-                weight.was_moved = lock_pages(home, self._device)
+                try:
+                    weight.was_moved = lock_pages(home, self._device)
+                except Exception:  # of a transform of torch's, say: nothing depends on it
+                    _log.debug('"%s" stays where it is', weight.name, exc_info=True)
 
     def _let_copies_pass(self) -> None:
         """Wait until weights at rest have been read: see Note [Whoever has weights may change them]."""

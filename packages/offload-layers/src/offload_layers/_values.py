@@ -39,7 +39,7 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
         for weight in weights:
             home = weight.registered
             if home.is_meta:
-                values = weight.read(residency.source) if read else torch.empty(home.shape, dtype=home.dtype)
+                values = weight.read(residency.source) if read else _unlikely(home)
                 weight.register(parameter_like(home, values))
             values_sum = checksum(weight.registered) if home.is_meta else None
             lent.append((weight, home, weight.registered, fingerprint(weight.registered), values_sum))
@@ -52,11 +52,19 @@ def opened(residency: Residency, weights: Iterable[Weight], *, read: bool = Fals
                 is_same = weight.held is parameter
                 untouched = is_same and fingerprint(parameter) == version
                 if untouched and values_sum is not None:  # some overwrite them through ``.data``
-                    untouched = torch.equal(values_sum, checksum(parameter))  # type: ignore[arg-type]
+                    now = checksum(parameter)
+                    untouched = now is not None and torch.equal(values_sum, now)
                 residency.settle(weight, home if untouched else weight.held)
                 if is_same and not untouched:
                     for layer, other in tied.get(weight, ()):
                         layer.settle(other, weight.registered)
+
+
+def _unlikely(home: nn.Parameter) -> Tensor:
+    """Return host memory for the values of *home*, with values that nobody would load."""
+    nbytes = home.numel() * home.element_size()
+    filled = torch.full((nbytes,), 0xA5, dtype=torch.uint8, device="cpu")
+    return filled.view(home.dtype).view(home.shape)
 
 
 def copied(residency: Residency, memo: dict[int, Any]) -> Residency:
@@ -67,7 +75,7 @@ def copied(residency: Residency, memo: dict[int, Any]) -> Residency:
         new.weights = []
         for weight in residency.weights:
             twin = copy.copy(weight)
-            twin.slots = []
+            twin.slots, twin.was_moved = [], False
             new.weights.append(twin)
             memo[id(weight)] = twin
         parameters = copy.deepcopy(home, memo)

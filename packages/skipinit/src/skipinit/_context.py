@@ -1,6 +1,7 @@
 """`skip_model_initialization`, the public face of a block."""
 
 import contextlib
+import contextvars
 import functools
 import inspect
 from collections.abc import Callable
@@ -100,6 +101,12 @@ class skip_model_initialization:
         return run
 
 
+#: those that this thread and task have entered, the latest last
+_suspensions: contextvars.ContextVar[tuple[contextlib.AbstractContextManager[None], ...]] = (
+    contextvars.ContextVar("skipinit_suspensions", default=())
+)
+
+
 class suspended(contextlib.ContextDecorator):
     """Work as if no block were open, in the block of a ``with`` or in a function that is decorated.
 
@@ -121,18 +128,18 @@ class suspended(contextlib.ContextDecorator):
         TypeError: a class, a generator or a coroutine function is decorated: those run later than called.
     """
 
-    def _recreate_cm(self) -> "suspended":
-        return suspended()  # for each call one of its own: several threads may call the function
-
     def __enter__(self) -> None:
         block = Block.current()
-        self._open = contextlib.nullcontext() if block is None else block.suspended()
-        self._open.__enter__()
+        entered = contextlib.nullcontext() if block is None else block.suspended()
+        entered.__enter__()
+        _suspensions.set((*_suspensions.get(), entered))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.__exit__(kind, error, trace)
+        *outer, entered = _suspensions.get()
+        _suspensions.set(tuple(outer))
+        entered.__exit__(kind, error, trace)
 
     def __call__(self, function: F) -> F:
         """Run every call of *function* as if no block were open."""
