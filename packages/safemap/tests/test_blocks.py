@@ -120,23 +120,30 @@ def test_where_nobody_counts_faults_each_answer_is_another(monkeypatch: pytest.M
 
 
 def test_what_lies_beside_a_range_is_not_read(tmp_path: Path) -> None:
-    """On this machine, as it is."""
-    path = tmp_path / "file"
+    """On this machine, as it is: pages that others look at just then stay in the page cache."""
+    for attempt in range(4):
+        beside, within = _cached_after_a_range_was_brought_in(tmp_path / f"file {attempt}")
+        assert within == [True, True, True]
+        if beside == [False, False, False]:
+            return
+    pytest.fail(f"beside a range something was read each time, the last time {beside}")
+
+
+def _cached_after_a_range_was_brought_in(path: Path) -> tuple[list[bool | None], list[bool | None]]:
+    """Bring 20 to 40 MiB of a new file in; return what is cached beside, and within."""
     path.write_bytes(os.urandom(64 * MIB))
     file = File(str(path))
     fd = file.open().fd
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    ends = (60, 43, 40, 30, 21, 19)  # pages that somebody is about to use stay
-    if any(_readahead.is_cached(file, end * MIB - 1, end * MIB) is not False for end in ends):
+    if _readahead.is_cached(file, 0, 40 * MIB) is not False:
         pytest.skip("the page cache of this file system does not tell, or keeps what it has")
     memory = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     if not _pages.bring_in(memory, fd, 20 * MIB + 5000, 40 * MIB) or not _pages.blocks.are_read(memory):
         pytest.skip("this kernel does not read in blocks")
     # from behind, since a read ahead of a page may bring in those that follow it
-    beside = [_readahead.is_cached(file, end * MIB - 1, end * MIB) for end in (ends[0], ends[1], ends[-1])]
-    within = [_readahead.is_cached(file, end * MIB - 1, end * MIB) for end in ends[2:-1]]
-    assert beside == [False, False, False]
-    assert within == [True, True, True]
+    beside = [_readahead.is_cached(file, end * MIB - 1, end * MIB) for end in (60, 43, 19)]
+    within = [_readahead.is_cached(file, end * MIB - 1, end * MIB) for end in (40, 30, 21)]
     path_bytes = path.read_bytes()
     assert memory[20 * MIB : 40 * MIB] == path_bytes[20 * MIB : 40 * MIB]
+    return beside, within
