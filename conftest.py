@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,30 +14,42 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", choices=["cpu", "cuda", "all"], default="all", help="run the tests of this device only"
+        "--device",
+        choices=["cpu", "cuda", "simulated", "all"],
+        default="all",
+        help="run the tests of this device only; simulated: those for cuda, on a device that needs none",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device, or the simulated one")
+    if config.getoption("--device") == "simulated":
+        sys.path.append(str(Path(__file__).parent))
+        import simulated_device
+
+        simulated_device.install()
     if os.environ.get("REQUIRE_CUDA") == "1" and not torch.cuda.is_available():
         raise pytest.UsageError("REQUIRE_CUDA=1, but torch sees no CUDA device")
 
 
+def _accelerator(config: pytest.Config) -> torch.device:
+    return torch.device("simulated" if config.getoption("--device") == "simulated" else "cuda")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        cuda = pytest.param("cuda", marks=pytest.mark.cuda)
-        metafunc.parametrize("device", ["cpu", cuda], ids=["cpu", "cuda"], indirect=True)
+        accelerator = pytest.param(_accelerator(metafunc.config), marks=pytest.mark.cuda)
+        metafunc.parametrize("device", [torch.device("cpu"), accelerator], ids=str, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--device")
     kept, dropped = [], []
     for item in items:
-        needs_cuda = item.get_closest_marker("cuda") is not None
-        other_device = (wanted == "cpu" and needs_cuda) or (wanted == "cuda" and not needs_cuda)
+        needs_device = item.get_closest_marker("cuda") is not None
+        other_device = wanted != "all" and needs_device == (wanted == "cpu")
         (dropped if other_device else kept).append(item)
-        if needs_cuda and not torch.cuda.is_available():
+        if needs_device and wanted != "simulated" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -43,8 +58,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device that the test runs on, ``cpu`` or ``cuda``."""
-    return torch.device(request.param)
+    """The device that the test runs on: ``cpu``, or the accelerator."""
+    return request.param
+
+
+@pytest.fixture
+def accelerator(pytestconfig: pytest.Config) -> torch.device:
+    """The accelerator, for tests with the mark ``cuda``."""
+    return _accelerator(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def _no_races(pytestconfig: pytest.Config) -> Iterator[None]:
+    """On the simulated device, whatever uses its memory must be in order."""
+    yield
+    if pytestconfig.getoption("--device") == "simulated":
+        assert not torch.get_device_module("simulated").take_races()
 
 
 def _enter_scratch_folder(namespace: dict[str, Any]) -> None:

@@ -285,9 +285,9 @@ def test_pinning_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
-def test_facts_of_a_real_device() -> None:
-    facts = gather(torch.device("cuda:0"), seconds=0.1)
-    assert facts.device_name == torch.cuda.get_device_name(0)
+def test_facts_of_a_real_device(accelerator: torch.device) -> None:
+    facts = gather(accelerator, seconds=0.1)
+    assert facts.device_name == torch.get_device_module(accelerator).get_device_name(0)
     assert facts.device_total_bytes is not None
     assert facts.device_free_bytes is not None
     assert 0 < facts.device_free_bytes < facts.device_total_bytes

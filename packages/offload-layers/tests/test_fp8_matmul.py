@@ -57,7 +57,7 @@ def oracle(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def assert_close(found: Tensor, expected: Tensor) -> None:
     # products and sums of eight-bit numbers are exact in float32 but for the last bits of large sums; what is
     # left is the rounding to the dtype of the output, which is bfloat16 in between on GPUs
-    eps = max(torch.finfo(found.dtype).eps, torch.finfo(torch.bfloat16).eps * found.is_cuda)
+    eps = max(torch.finfo(found.dtype).eps, torch.finfo(torch.bfloat16).eps * (found.device.type != "cpu"))
     assert ((found.double() - expected).abs() <= 2 * eps * expected.abs().amax(-1, keepdim=True)).all()
 
 

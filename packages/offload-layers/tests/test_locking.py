@@ -224,20 +224,20 @@ def test_what_is_saved_or_given_back_has_no_part_of_a_slab(bus: Locking, tmp_pat
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_weights_are_page_locked_and_may_be_changed_at_once() -> None:
+def test_on_a_gpu_weights_are_page_locked_and_may_be_changed_at_once(accelerator: torch.device) -> None:
     torch.manual_seed(0)
     width = 4096  # so that a copy takes longer than a call
     plain = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(6))).requires_grad_(False)
-    model, x = copy.deepcopy(plain), torch.randn(8, width, device="cuda")
-    config = HOST | {"computation_device": "cuda"}
+    model, x = copy.deepcopy(plain), torch.randn(8, width, device=accelerator)
+    config = HOST | {"computation_device": accelerator}
     enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, 0)
-    plain.to("cuda")
+    plain.to(accelerator)
     for _ in range(CROSSINGS + 1):
         expected = plain(x)
         assert torch.equal(model(x), expected)
     assert all(weight.is_pinned() for weight in at_rest(model))
     for _ in range(3):
-        torch.cuda.synchronize()
+        torch.get_device_module(accelerator).synchronize()
         out = model(x)
         for weight in at_rest(model):  # while the device is still at work
             weight.zero_()

@@ -301,6 +301,5 @@ def test_what_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
-def test_a_real_device() -> None:
-    device = torch.device("cuda:0")
-    assert 0 < free_vram(device) < total_vram(device)
+def test_a_real_device(accelerator: torch.device) -> None:
+    assert 0 < free_vram(accelerator) < total_vram(accelerator)

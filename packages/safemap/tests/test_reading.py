@@ -342,8 +342,9 @@ def test_ways_to_name_a_device(path: str) -> None:
 
 
 @pytest.mark.cuda
-def test_device_index(path: str, tensors: dict[str, Tensor]) -> None:
+def test_device_index(path: str, tensors: dict[str, Tensor], accelerator: torch.device) -> None:
     assert_same(DiskMap(path, 0)["embedding"], tensors["embedding"])
+    assert DiskMap(path, 0).device == torch.device(accelerator.type, 0)
     assert DiskMap(path, pin_memory=True)["embedding"].is_pinned()
 
 

@@ -221,6 +221,9 @@ class Fetching(Owning):
         device, placement = self._device, self.policy.computation
         with device.aside(), torch.inference_mode(False):  # others may compute with them later
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
+            if self._passes().rests_on_device:
+                for weight in self.weights:  # the model may drop them before that queue has read them
+                    device.record_use(weight.registered)
             return tensors, device.mark()
 
     def _passes(self) -> Passing:
