@@ -57,17 +57,22 @@ def python(session: nox.Session, *args: str, success_codes: Sequence[int] = (0,)
     session.run(interpreter, *args, success_codes=success_codes)
 
 
-def check_device(session: nox.Session, device: str) -> None:
+def why_absent(session: nox.Session, device: str) -> str:
+    """Say what *device* lacks here; nothing if tests can run on it."""
     if device == "simulated":
-        if not shutil.which("c++") or not Path(sysconfig.get_path("include"), "Python.h").exists():
-            session.skip("no C++ compiler here, or no headers of Python")
         session.env["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".cache" / "torch_extensions")
-        return
+        has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        return "" if shutil.which("c++") and has_headers else "no C++ compiler here, or no headers of Python"
     if device == "cpu" or shutil.which("nvidia-smi"):
-        return
+        return ""
     if os.environ.get("REQUIRE_CUDA") == "1":
         session.error("REQUIRE_CUDA=1, but this machine has no NVIDIA driver")
-    session.skip("no NVIDIA driver here (REQUIRE_CUDA=1 turns this into a failure)")
+    return "no NVIDIA driver here (REQUIRE_CUDA=1 turns this into a failure)"
+
+
+def check_device(session: nox.Session, device: str) -> None:
+    if reason := why_absent(session, device):
+        session.skip(reason)
 
 
 @nox.session
@@ -99,8 +104,22 @@ def minimum(session: nox.Session, package: str) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """Test the packages together, on real model classes and a real checkpoint."""
-    install(session, ["integration"], PACKAGES)
+    """Test the packages together, on real model classes and a real checkpoint, on each device there is."""
+    install(session, ["integration", "simulated"], PACKAGES)
+    for device in ("cuda", "simulated"):
+        if reason := why_absent(session, device):
+            session.log(f"not on {device}: {reason}")
+            continue
+        codes = (0, NO_TEST_FOR_THIS_DEVICE)
+        python(
+            session,
+            "-m",
+            "pytest",
+            "integration-tests",
+            f"--device={device}",
+            *session.posargs,
+            success_codes=codes,
+        )
     where = ["integration-tests", "README.md", "docs"]  # the Python blocks of the pages are tests
     python(session, "-m", "pytest", *where, "--device=cpu", *session.posargs)
 

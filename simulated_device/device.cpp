@@ -17,6 +17,9 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_cpu_dispatch.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_cpu_dispatch.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <sys/mman.h>
@@ -574,6 +577,24 @@ struct InKernel {
   ~InKernel() { in_kernel = before; }
 };
 
+// A convolution is the one operation that torch does not leave to what follows.
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                   int64_t groups) {
+  {
+    Lock lock;
+    launch();
+    finish(current);
+    use(input, false, "convolution");
+    use(weight, false, "convolution");
+    if (bias && bias->defined()) use(*bias, false, "convolution");
+  }
+  InKernel inside;
+  auto on_host = bias && bias->defined() ? std::optional(bias->cpu()) : std::nullopt;
+  return at::convolution(input.cpu(), weight.cpu(), on_host, stride, padding, dilation, transposed, output_padding, groups)
+      .to(the_device);
+}
+
 // All other operations: those of the CPU.
 void compute(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
@@ -615,6 +636,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", empty_strided);
   m.impl("as_strided", as_strided);
   m.impl("view", view);
+  m.impl("view_as_complex", at::native::view_as_complex);
+  m.impl("view_as_real", at::native::view_as_real);
+  m.impl("unfold", at::native::unfold);
+  m.impl("convolution_overrideable", convolution);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("resize_", resize_);
   m.impl("_copy_from", copy_from);

@@ -26,10 +26,32 @@ from torch import Tensor, nn
 Config = dict[str, object]
 ModuleMap = dict[type[nn.Module], type[nn.Module]]
 Make = Callable[[], nn.Module]
+WIDTH = 16
 
 
 def manage(model: nn.Module, module_map: ModuleMap, config: Config, source: Any, **kwargs: Any) -> Any:
     return enable_vram_management(model, module_map, config, 0, source, **kwargs)
+
+
+class Table(nn.Module):
+    """What has a buffer and no parameter, as positions of rotary embeddings have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.arange(float(WIDTH)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.values
+
+
+def test_buffers_that_the_map_does_not_cover_are_where_the_layers_compute(
+    make_config: Any, device: torch.device
+) -> None:
+    plain = nn.Sequential(Table(), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
+    model, x = copy.deepcopy(plain), torch.randn(3, WIDTH, device=device)
+    host, there = (torch.float32, "cpu"), (torch.float32, device)
+    enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, make_config(host, host, host, there), 0)
+    assert torch.equal(model(x), plain.to(device)(x))
 
 
 def test_parameters_and_buffers_that_the_map_does_not_cover_are_loaded(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_layers._errors import ConfigError
 from offload_layers._layers import AutoTorchModule, AutoWrappedNonRecurseModule
 from offload_layers._lora import LoRAHotLoadMixin
-from offload_layers._manage import load_unmanaged, unmanaged_on_meta
+from offload_layers._manage import load_unmanaged, move_buffers, unmanaged_on_meta
 from offload_layers._managed import ManagedModule, detach
 from offload_layers._placement import Placement, Policy, check_config_keys, parse_device, parse_limit
 from offload_layers._quantized import AutoWrappedQuantizedModule, check_quantize, is_quantized
@@ -33,6 +33,9 @@ def enable_vram_management(
 ) -> nn.Module:
     """Manage the layers of *model* in place, and return it.
 
+    Buffers of modules that the map does not cover are on the computation device then. Their parameters stay
+    where they are.
+
     Args:
         model: The model; its parameters may be on ``meta`` if *disk_map* has their values.
         module_map: Class of module -> ``AutoWrappedLinear``, ``AutoWrappedModule`` or
@@ -42,8 +45,8 @@ def enable_vram_management(
         vram_limit: GiB of the computation device that may be in use for layers to stay there; None: no
             limit; 0: nothing stays.
         disk_map: Mapping from names to tensors, which weights on disk are read from. With it, parameters
-            on ``meta`` and persistent buffers of modules that the map does not cover are loaded too; these,
-            and their other buffers, are on the computation device then.
+            on ``meta`` and persistent buffers of modules that the map does not cover are loaded too, to the
+            computation device.
         quantize: Tells which linear layers are quantized, by ``quantize.is_quantized_linear(module)``, as
             DiffSynth's ``QuantizeConfig`` does; they become ``AutoWrappedQuantizedModule``, whatever the
             map says, also inside layers of the map.
@@ -89,6 +92,8 @@ def enable_vram_management(
         )
         if source is not None:
             load_unmanaged(model, source, policy)
+        else:
+            move_buffers(model, policy.computation.device)
         layers = [module._owner() for module in model.modules() if isinstance(module, AutoTorchModule)]
         schedule.take_in(layers)
         if not layers:
