@@ -31,10 +31,11 @@ class Fetching(Owning):
 
     @property
     def staging_nbytes(self) -> int:
-        """Bytes that a staged copy takes now; 0 if the layer needs none or would be changed by it."""
+        """Bytes that a staged copy takes now; 0 if the layer needs none ahead or would be changed by it."""
         if self.resident or self._staged is not None or self._kept is not None or self._tiers.height == 1:
             return 0
-        return self._passes().copy_nbytes
+        passing = self._passes()
+        return 0 if passing.changes_unseen else passing.copy_nbytes
 
     @property
     def asking_nbytes(self) -> int:
@@ -60,8 +61,6 @@ class Fetching(Owning):
         lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
         if lease is None and self.schedule is not None and self.schedule.displaces_idle(self):
             lease = self.budget.borrow_ahead(self, self.staging_nbytes, limit=self.limit)
-        if lease is not None and self._passes().rests_on_device:
-            self._device.finished()  # see Note [Weights that rest on the device]
         return lease
 
     def at_rest(self) -> MadeFrom:
@@ -139,7 +138,8 @@ class Fetching(Owning):
         views, passing = self._views, self._passes()
         if views is not None and views.version == passing.version and views.renew():
             return Fetched(views.tensors, lease, views.made_from)
-        made_from = self.at_rest() if self.keeps_staged or passing.may_be_views else FOR_ONCE
+        keeps = self.keeps_staged and not passing.changes_unseen
+        made_from = self.at_rest() if keeps or passing.may_be_views else FOR_ONCE
         if passing.rests_on_device:
             self._device.finished()  # see Note [Weights that rest on the device]
         tensors, ready = self._fetch_aside(self.source)
@@ -221,9 +221,6 @@ class Fetching(Owning):
         device, placement = self._device, self.policy.computation
         with device.aside(), torch.inference_mode(False):  # others may compute with them later
             tensors = [w.computable(placement, source, differentiable=False) for w in self.weights]
-            if self._passes().rests_on_device:
-                for weight in self.weights:  # the model may drop them before that queue has read them
-                    device.record_use(weight.registered)
             return tensors, device.mark()
 
     def _passes(self) -> Passing:

@@ -17,6 +17,8 @@ class Passing:
         on_disk: Names of the weights that are read from the source.
         copy_nbytes: Bytes of the device that the copies take.
         rests_on_device: Whether the device has the weights at rest, be it in another dtype.
+        changes_unseen: Whether weights at rest may change without a trace: see Note [Weights that rest on the
+            device] in ``_device``.
         may_be_views: Whether the copies may turn out to be views of the source's memory.
     """
 
@@ -26,6 +28,8 @@ class Passing:
         self._coming = [weight for weight in weights if not computation.holds(weight.registered)]
         self.copy_nbytes = sum(weight.nbytes_in(computation) for weight in self._coming)
         self.rests_on_device = any(weight.registered.device == computation.device for weight in weights)
+        devices = {weight.registered.device.type for weight in weights}
+        self.changes_unseen = not devices <= {"cpu", "meta"}
         self.may_be_views = bool(self.on_disk) and computation.device.type == "cpu"
 
     @functools.cached_property

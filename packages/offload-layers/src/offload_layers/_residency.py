@@ -16,7 +16,7 @@ from offload_layers._changes import watch
 from offload_layers._device import OutOfMemory
 from offload_layers._fetching import Fetching
 from offload_layers._locking import lock_pages
-from offload_layers._prefetch import Fetched
+from offload_layers._prefetch import FOR_ONCE, Fetched
 from offload_layers._resting import HEIGHT
 from offload_layers._staged import StagedCopy
 from offload_layers._state import State
@@ -103,7 +103,8 @@ class Residency(Fetching):
             if not self.resident:
                 self._hide()
             self._staged = None
-            if self.keeps_staged and not (changed or staged.is_differentiable or self.resident):
+            is_for_once = staged.fetched.made_from is FOR_ONCE or changed
+            if self.keeps_staged and not (is_for_once or staged.is_differentiable or self.resident):
                 self._kept = staged.fetched
                 if self.budget.try_keep(staged.lease, limit=self.limit):
                     return

@@ -204,8 +204,9 @@ class Resting:
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            if any(weight.is_gone for weight in self.weights):
-                self._drop_kept()  # the model is garbage that was not collected yet
+            modules = self._modules()
+            if modules is None:  # the model is garbage that was not collected yet
+                self._drop_kept()
                 self._tiers.abandon()
                 self.hold_beside(0)
                 return True
@@ -220,6 +221,16 @@ class Resting:
             return True
         finally:
             self._lock.release()
+
+    def _modules(self) -> list[nn.Module] | None:
+        """Return the modules that hold the weights, or None if one is garbage.
+
+        Whoever is not called by the model itself keeps the list for as long as he uses the layer: another
+        thread may drop the model meanwhile.
+        """
+        modules = [slot.alive for weight in self.weights for slot in weight.slots]
+        alive = [module for module in modules if module is not None]
+        return alive if len(alive) == len(modules) else None
 
     def is_idle(self, since: int) -> bool:
         """Say whether the model was really not called *since*; see `Schedule.is_idle`."""
@@ -374,8 +385,10 @@ class Resting:
         for layer in self._shared.holders(home):
             if layer._lock.acquire(blocking=False):  # whoever has it may be about to pass something on to us
                 try:
-                    layer._tiers.follow(home, kept)
-                    self._shared.join(layer, kept)
+                    modules = layer._modules()
+                    if modules is not None:
+                        layer._tiers.follow(home, kept)
+                        self._shared.join(layer, kept)
                 finally:
                     layer._lock.release()
 

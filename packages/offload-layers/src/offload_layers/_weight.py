@@ -64,9 +64,9 @@ class Slot:
             module.__dict__[self.name] = tensor
 
     @property
-    def is_gone(self) -> bool:
-        """Whether the module is garbage."""
-        return self._module() is None
+    def alive(self) -> nn.Module | None:
+        """The module, or None if it is garbage."""
+        return self._module()
 
 
 class Weight:
@@ -96,11 +96,6 @@ class Weight:
     def is_buffer(self) -> bool:
         """Whether the model holds it as a buffer."""
         return self.slots[0].is_buffer
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the model that held the weight is garbage."""
-        return any(slot.is_gone for slot in self.slots)
 
     @property
     def exposed(self) -> Tensor | None:
