@@ -65,6 +65,19 @@ def test_what_was_fetched_ahead_is_fetched_anew() -> None:
         assert torch.equal(model(X), oracle(X))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("where", ["onload", "preparing"])
+def test_weights_that_rest_on_the_device_in_another_dtype(accelerator: torch.device, where: str) -> None:
+    roles = ("preparing",) if where == "preparing" else ("onload", "preparing")
+    config = HALF | {f"{role}_device": accelerator for role in (*roles, "computation")}
+    model: Any = enable_vram_management(plain(), FACES, config)
+    oracle, x = plain().float().to(accelerator), X.to(accelerator)
+    for _ in range(4):
+        assert torch.equal(model(x), oracle(x))
+        halve(model)
+        halve(oracle)
+
+
 def test_a_change_through_what_was_taken_long_before() -> None:
     model, oracle = managed(), plain().float()
     values, its = ([parameter.data for parameter in m.parameters()] for m in (model, oracle))

@@ -1,5 +1,6 @@
 """Threads, nested calls, generators and the end of the interpreter."""
 
+import copy
 import functools
 import gc
 import random
@@ -384,3 +385,40 @@ def test_a_device_that_shares_the_memory_of_the_host_gets_tensors_of_its_own() -
 
 def linear_state() -> dict[str, Tensor]:
     return nn.Linear(WIDTH, WIDTH).state_dict()
+
+
+class Hasty(FakeDevice):
+    """While the host waits for the device, other threads go on: they do *meanwhile*."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def synchronize(self) -> None:
+        self.meanwhile()
+        super().synchronize()
+
+
+def test_a_model_that_is_dropped_while_it_makes_room_for_another() -> None:
+    with Hasty().installed() as device:
+        models = [nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))) for _ in range(2)]
+        plain, gone = models[0].requires_grad_(False), models[1]
+        config = PREPARING | {"preparing_dtype": torch.float32}
+        limit = 4 * sum(parameter.nbytes for parameter in plain.parameters()) / 3 / GIB
+        managed = []
+        for model in (copy.deepcopy(plain), gone):
+            source = CountingSource(model.state_dict())
+            managed.append(
+                enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, config, limit, source)
+            )
+        with_own_budget(*managed)
+        del model, gone, models
+        for _ in range(2):
+            managed[1](X)
+        assert any(layer.resident for layer in residencies(managed[1]))
+        device.meanwhile = functools.partial(managed.__delitem__, slice(1, None))
+        for _ in range(3):
+            assert torch.equal(managed[0](X), plain(X))
+        assert len(managed) == 1
+        device.meanwhile = lambda: None
+        assert_invariants(managed[0])

@@ -35,9 +35,9 @@ Note [Whoever has weights may change them]
 Note [Weights that rest on the device]
     Copies of weights that rest on the device in another dtype are made aside, too, from what the stream of a
     caller may just have written: an optimizer's step, say. So the copying queue first waits for his stream.
-    They are made when the layer is called, never ahead of that, and not kept: a change through ``.data`` leaves
-    no trace there, short of the host waiting for the device. All that is lost is that a conversion, which
-    crosses no bus, could have gone on beside a computation.
+    They are made when the layer is called, never ahead of that, and not kept: a change through ``.data``
+    leaves no trace there, short of the host waiting for the device. All that is lost is that a conversion,
+    which crosses no bus, could have gone on beside a computation.
 """
 
 import threading
