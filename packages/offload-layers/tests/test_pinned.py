@@ -95,7 +95,7 @@ def test_what_torch_keeps_is_released_before_anything_is_refused(
 ) -> None:
     free = [SLAB, 10 * SLAB]
     monkeypatch.setattr(_pinned, "available_ram", lambda: free[0])
-    monkeypatch.setattr(_pinned, "_release_kept", lambda: free.pop(0))
+    monkeypatch.setattr(_pinned, "release_kept", lambda: free.pop(0))
     tensor = torch.ones(3)
     assert slabs.lock(tensor) is not tensor
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import math
 
 import pytest
@@ -328,6 +329,16 @@ def test_on_a_device_activations_are_left_room_from_the_first_forward_on(acceler
     handle(*inputs)
     weights_nbytes = sum(weight.nbytes for weight in model.parameters())  # all of them have come to stay
     assert module.max_memory_allocated(accelerator) - before - weights_nbytes < 1.2 * told
+
+
+@pytest.mark.cuda
+def test_what_was_tried_leaves_no_memory_behind(accelerator: torch.device) -> None:
+    module, model = torch.get_device_module(accelerator), Model()
+    gc.collect()
+    module.empty_cache()
+    before = module.memory_reserved(accelerator)
+    plan(model, device=accelerator, vram="1GB", ram="1GB", inputs=[torch.ones(20, 64)])
+    assert module.memory_reserved(accelerator) <= before
 
 
 def test_activations_take_room_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class PinnedSlabs:
         try:
             available = available_ram()  # what is page-locked is lost to everybody else
             if available < 2 * size:  # torch keeps what was given back to it, for whoever wants as much
-                _release_kept()
+                release_kept()
                 available = available_ram()
             size = size if available >= 2 * size else least
             if available < 2 * size:
@@ -121,7 +121,7 @@ def _page_locked(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
-def _release_kept() -> None:
+def release_kept() -> None:
     """Have torch give the system the page-locked memory that nobody uses."""
     release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
     if release is not None and torch.accelerator.is_available():

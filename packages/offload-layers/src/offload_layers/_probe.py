@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from offload_layers import _fp8_matmul
+from offload_layers._device import device_of
 from offload_layers._errors import ConfigError
 from offload_layers._fp8 import FP8
 from offload_layers._machine import check_is_there
+from offload_layers._pinned import release_kept
 from offload_layers._probe_disk import probe_disk
 from offload_layers._rates import Rates
 
@@ -65,10 +67,20 @@ def probe(
         disk, is_cached, busy = probe_disk(file, seconds=share)
         if is_cached:
             _log.warning("%s stays in the page cache; its disk was not measured, but the cache", file)
-    with torch.no_grad():
-        memory = _memory(device, share)
-        bus = memory if device.type in ("cpu", "mps") else _bus(device, share)
-        return Rates(disk, bus, memory, _flops(device, dtype, rows, share), busy)
+    try:
+        with torch.no_grad():
+            memory = _memory(device, share)
+            bus = memory if device.type in ("cpu", "mps") else _bus(device, share)
+            return Rates(disk, bus, memory, _flops(device, dtype, rows, share), busy)
+    finally:
+        release_trials(device)
+
+
+def release_trials(device: torch.device) -> None:
+    """Give back the memory in which something was tried, which torch keeps for whoever wants as much."""
+    device_of(device).release_cached()
+    if device.type != "cpu":
+        release_kept()
 
 
 def _memory(device: torch.device, seconds: float) -> float:

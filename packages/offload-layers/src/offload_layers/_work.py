@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from offload_layers._machine import check_is_there
+from offload_layers._probe import release_trials
 from offload_layers._source import Source
 from offload_layers._timed import seconds_of
 from offload_layers._trace import Inputs, trace
@@ -48,7 +49,10 @@ def measure_work(
     """
     check_is_there(device)
     found = trace(model, inputs, layers=layers, device=device, dtype=dtype, source=source)
-    seconds = seconds_of({operation for _, operation in found.calls}, device)
+    try:
+        seconds = seconds_of({operation for _, operation in found.calls}, device)
+    finally:
+        release_trials(device)
     spent: dict[str, float] = defaultdict(float)
     for (layer, operation), count in found.calls.items():
         spent[layer] += count * seconds[operation]
