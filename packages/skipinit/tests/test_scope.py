@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_suspension_decorates_what_runs_when_it_is_called() -> None:
     def generator() -> Any:
         yield
 
-    for function in (coroutine, generator, nn.Linear):
+    for function in (coroutine, functools.partial(coroutine), generator, nn.Linear):
         with pytest.raises(TypeError, match=r"suspended decorates plain functions, .* use a with-block"):
             suspended()(function)
 

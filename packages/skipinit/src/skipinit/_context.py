@@ -147,6 +147,6 @@ class suspended(contextlib.ContextDecorator):
         if isinstance(function, type) or any(is_kind(function) for is_kind in kinds):
             raise TypeError(
                 f"suspended decorates plain functions, not the class, generator or coroutine function "
-                f"{function.__qualname__}; use a with-block in it"
+                f"{getattr(function, '__qualname__', function)}; use a with-block in it"
             )
         return super().__call__(function)
