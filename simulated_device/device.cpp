@@ -476,7 +476,8 @@ Tensor as_of_host(const Tensor& tensor) {  // the same memory
   if (!is_here(tensor)) return tensor;
   auto options = tensor.options().device(at::kCPU).requires_grad(false);
   auto view = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), options);
-  return tensor.is_conj() ? at::_conj(view) : view;
+  if (tensor.is_conj()) view = at::_conj(view);
+  return tensor.is_neg() ? at::_neg_view(view) : view;
 }
 
 // Copies between blocks that are open; no mode of the caller has a part in it.
@@ -499,7 +500,7 @@ Tensor copy_from(const Tensor& from_, const Tensor& to, bool non_blocking) {
   bool crosses = is_here(from) != is_here(to);
   const auto& on_host = is_here(from) ? to : from;
   bool is_plain = from.dtype() == to.dtype() && from.strides() == to.strides() && from.is_conj() == to.is_conj() &&
-                  from.is_non_overlapping_and_dense();
+                  from.is_neg() == to.is_neg() && from.is_non_overlapping_and_dense();
   if (crosses && non_blocking && is_plain && hooks.isPinnedPtr(on_host.data_ptr())) {
     void *there = to.data_ptr(), *here = from.data_ptr();
     queues[current].tell([=, nbytes = to.nbytes()] {
@@ -652,6 +653,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("record_stream", record_stream);
 }
+
+// Copies see to it themselves: torch would resolve what is conjugated or negated by copying it, again and again.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace
 

@@ -230,6 +230,15 @@ class Budget:
         self._memory.release_cached()
         return left
 
+    def make_room(self, borrower: Borrower) -> int:
+        """Have all leave who can, and drop all that was fetched ahead; return how many left.
+
+        Not for a thread that fetches: it would wait for itself.
+        """
+        borrower.drop_ahead()
+        self._ask_to_yield(borrower, lambda: False)
+        return self.demote_all()
+
     def release_cached(self) -> None:
         """Have the device give back what is only cached."""
         self._memory.release_cached()
@@ -240,15 +249,15 @@ class Budget:
         *,
         layer: str,
         doing: str,
-        when_full: Callable[[], None] = lambda: None,
+        make_room: Callable[[], int],
     ) -> Result:
-        """Return ``attempt()``; if the device is full, make all residents leave and try once more.
+        """Return ``attempt()``; if the device is full, make room and try once more.
 
         Args:
             attempt: What needs memory.
             layer: For which layer, in messages.
             doing: What it does for it, in messages.
-            when_full: Is called if the device is full, before anyone leaves.
+            make_room: Is called if the device is full; returns how many layers left.
 
         Raises:
             BudgetExceededError: there was no memory the second time either.
@@ -256,8 +265,7 @@ class Budget:
         try:
             return attempt()
         except OutOfMemory:
-            when_full()
-            left = self.demote_all()
+            left = make_room()
             _log.warning('out of memory on %s while %s "%s"; %d layers left', self.device, doing, layer, left)
         try:
             return attempt()

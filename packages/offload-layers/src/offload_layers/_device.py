@@ -9,9 +9,10 @@ Note [Memory that two queues use]
     as soon as Python drops them, while the computation that reads them is still enqueued. So before they are
     dropped, the copying queue is made to wait for a mark that the computing queue passes after its last use
     (``finished``). No ``record_stream``: that would delay each reuse until the host asks again. Only what may
-    outlive the forward gets it (``record_use``): weights that autograd saves for the backward pass, and those
-    that somebody reads from outside of their layer. And copies through which gradients flow, which lie in
-    memory of the queue that computes: several may share them.
+    outlive the forward gets it (``record_use``): weights that autograd saves for the backward pass, those
+    that somebody reads from outside of their layer, and those that a layer returns or keeps elsewhere. And
+    copies through which gradients flow, which lie in memory of the queue that computes: several may share
+    them.
 
 Note [Any stream may compute]
     Callers may compute in several streams, each in a thread of its own or not, and tell them to wait for each

@@ -206,6 +206,7 @@ class AutoTorchModule(ManagedModule):
                     residency.leave()
             except OutOfMemory:
                 if residency.buffers:  # forward may have written to them: running it twice is not the same
+                    residency.make_room()
                     raise
             # outside of `except`, which would keep alive what the failed forward has allocated
             return residency.compute_again(lambda: own_forward(self, *args, **kwargs))

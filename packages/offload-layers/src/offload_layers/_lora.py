@@ -67,9 +67,16 @@ class LoRAHotLoadMixin:
                 f'an adapter for layer "{layer.name}" has shapes (rank, {layer.in_features}) and '
                 f"({layer.out_features}, rank); got {tuple(a.shape)} and {tuple(b.shape)}"
             )
-        device = self._lora_owner().policy.computation.device
-        self.lora_A_weights.append((a if weight == 1 else a * weight).to(device))
-        self.lora_B_weights.append(b.to(device))
+        owner = self._lora_owner()
+        device, scaled = owner.policy.computation.device, a if weight == 1 else a * weight
+        brought = owner.budget.retrying(
+            lambda: (scaled.to(device), b.to(device)),
+            layer=owner.name,
+            doing="bringing an adapter of",
+            make_room=owner.make_room,
+        )
+        self.lora_A_weights.append(brought[0])
+        self.lora_B_weights.append(brought[1])
         self._account()
 
     def clear_lora(self) -> None:

@@ -18,7 +18,7 @@ from offload_layers._fetching import Fetching
 from offload_layers._locking import lock_pages
 from offload_layers._prefetch import FOR_ONCE, Fetched
 from offload_layers._resting import HEIGHT
-from offload_layers._staged import StagedCopy
+from offload_layers._staged import StagedCopy, escaped
 from offload_layers._state import State
 from offload_layers._transfer import parameter_like
 from offload_layers._uncompiled import uncompiled
@@ -65,7 +65,7 @@ class Residency(Fetching):
                     staged = weight.staged
                     if staged is not None:
                         weight.expose(staged)
-        if schedule is not None and self.limit is not None:
+        if calls and schedule is not None and self.limit is not None:
             try:
                 schedule.beside.begin(self, self.budget)
             except BaseException:  # of a driver
@@ -77,7 +77,8 @@ class Residency(Fetching):
         """End what ``enter`` began."""
         schedule, limit = self.schedule, self.limit
         try:
-            if schedule is not None and limit is not None and schedule.beside.end(self, self.budget):
+            beside = schedule.beside if schedule is not None and calls else None
+            if beside is not None and limit is not None and beside.end(self, self.budget):
                 self.budget.keep_under(limit, self)
             if not self._device.is_host:
                 self._let_copies_pass()
@@ -103,6 +104,9 @@ class Residency(Fetching):
             if not self.resident:
                 self._hide()
             self._staged = None
+            if not self._device.is_host:
+                for tensor in escaped(staged.fetched.tensors):
+                    self._device.record_use(tensor)
             is_for_once = staged.fetched.made_from is FOR_ONCE or changed
             if self.keeps_staged and not (is_for_once or staged.is_differentiable or self.resident):
                 self._kept = staged.fetched
@@ -121,9 +125,9 @@ class Residency(Fetching):
 
     def compute_again(self, forward: Callable[[], Result]) -> Result:
         """Run a forward once more that found the device full, after other layers have left it."""
-        self._was_full()
-        self.budget.demote_all()
+        self.make_room()
         self.enter()
+        self.drop_ahead()  # what was just ordered
         try:
             return self._retrying(forward, doing="running")
         finally:

@@ -359,7 +359,12 @@ class Resting:
 
     def _retrying(self, attempt: Callable[[], Result], doing: str = "bringing the weights of") -> Result:
         """Run *attempt*, and if the device is full once more after others have left: `Budget.retrying`."""
-        return self.budget.retrying(attempt, layer=self.name, doing=doing, when_full=self._was_full)
+        return self.budget.retrying(attempt, layer=self.name, doing=doing, make_room=self.make_room)
+
+    def make_room(self) -> int:
+        """Have all leave that can, since the device is full; return how many did."""
+        self._was_full()
+        return self.budget.make_room(self)
 
     def _was_full(self) -> None:
         if self.schedule is not None:

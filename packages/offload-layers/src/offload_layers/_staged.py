@@ -1,7 +1,10 @@
 """The copies of a layer's weights that live while the layer computes."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,26 @@ from offload_layers._budget import Lease
 from offload_layers._changes import Fingerprint, data_was_taken, fingerprint
 from offload_layers._prefetch import Fetched
 from offload_layers._weight import Weight
+
+
+def escaped(tensors: list[Tensor]) -> list[Tensor]:
+    """Return those of *tensors* that are referred to elsewhere, or whose memory is: what a layer returns."""
+    return [tensors[index] for index, counts in enumerate(_counts(tensors)) if counts != _usual()]
+
+
+def _counts(tensors: list[Any]) -> list[tuple[int, ...]]:
+    """Return how often each tensor and its memory are referred to."""
+    of_storage: Any = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
+    return [
+        (getrefcount(tensor), tensor._use_count(), of_storage(tensor.untyped_storage()._cdata))
+        for tensor in tensors
+    ]
+
+
+@functools.cache
+def _usual() -> tuple[int, ...]:
+    """Return the counts of what is in a list only."""
+    return _counts([torch.nn.Parameter(torch.empty(1, device="cpu"), requires_grad=False)])[0]
 
 
 @dataclass

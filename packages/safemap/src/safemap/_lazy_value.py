@@ -14,7 +14,7 @@ from safemap._file import File
 from safemap._layout import Entry, Layout, TensorInfo
 from safemap._lazy_evaluate import Evaluation, Place
 from safemap._lazy_graph import View, source_ranges
-from safemap._read import Reader
+from safemap._read import Reader, cross, crosses_from_locked
 from safemap._slice import Cuts
 
 
@@ -90,8 +90,8 @@ class Computed:
             if target.device.type == "cpu":
                 return evaluation.result(view, dtype, pin=target.pin_memory).to(target.device)
             crossing = dtype if dtype.itemsize < view.dtype.itemsize else view.dtype
-            host = evaluation.result(view, crossing, pin=target.device.type == "cuda")
-            return host.to(device=target.device, dtype=dtype)
+            host = evaluation.result(view, crossing, pin=crosses_from_locked(target.device))
+            return cross(host, target.device, dtype)
 
     def _evaluation(self, reader: Reader, view: View) -> Evaluation:
         return Evaluation(reader, self.places, [view], self.converter)

@@ -38,6 +38,19 @@ _fstat = os.fstat
 _empty_like = torch.empty_like
 
 
+def crosses_from_locked(device: torch.device) -> bool:
+    """Say whether page-locked memory is there for *device*, and makes copies to it faster."""
+    if not hasattr(torch, "accelerator"):  # before 2.6
+        return device.type == "cuda"
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and device.type == accelerator.type != "mps"
+
+
+def cross(host: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Bring *host* to *device* as it is, and to *dtype* there: torch would convert first, on the host."""
+    return host.to(device).to(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a tensor should be like once read: ``dtype`` None means as stored."""
@@ -103,7 +116,7 @@ class Reader:
         _check_destination(name, layout.shape, dtype, out)
         with torch.no_grad():
             if not has_plain_bytes(out) or layout.stride is not None:
-                out.copy_(self._read_host(name, entry, out.dtype, pin=out.device.type == "cuda"))
+                out.copy_(self._read_host(name, entry, out.dtype, pin=crosses_from_locked(out.device)))
                 return
             note_write(out)  # before, since a read that fails may have written some of it
             self._ask(file, offset, layout.nbytes)
@@ -143,7 +156,7 @@ class Reader:
         stored = layout.torch_dtype(name, file.path)
         run = contiguous_run(layout.shape, cuts)
         if not has_plain_bytes(out) or (run is None and out.dtype != stored):
-            part = self._part(cuts, stored, pin=out.device.type == "cuda")
+            part = self._part(cuts, stored, pin=crosses_from_locked(out.device))
             self.read_ranges_into(name, entry, cuts, part)
             assign(out, part)
             return
@@ -171,7 +184,11 @@ class Reader:
     def allocate(self, numel: int, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
         """Return uninitialized memory on the CPU, flat; large tensors lie in the pool."""
         if pin or not numel:
-            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pin)
+            try:
+                return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pin)
+            except RuntimeError:  # the system limits how much may be page-locked
+                if not pin or self.target.pin_memory:
+                    raise
         return self._allocate(dtype, (numel,), numel * dtype.itemsize)[0]
 
     def read_parts(self, parts: Sequence[tuple[File, int, Tensor]], stored: torch.dtype) -> None:
@@ -219,8 +236,8 @@ class Reader:
             return self._read_host(name, entry, dtype, pin=target.pin_memory)
         # the smaller of the two dtypes crosses the bus
         crossing = dtype if dtype.itemsize < stored.itemsize else stored
-        host = self._read_host(name, entry, crossing, pin=target.device.type == "cuda")
-        return host.to(device=target.device, dtype=dtype)
+        host = self._read_host(name, entry, crossing, pin=crosses_from_locked(target.device))
+        return cross(host, target.device, dtype)
 
     def _read_host(self, name: str, entry: Entry, dtype: torch.dtype, *, pin: bool) -> Tensor:
         file, layout, offset = entry
