@@ -24,6 +24,7 @@ from offload_layers import (
     AutoWrappedNonRecurseModule,
     State,
     _pinned,
+    _staged,
     disable_vram_management,
     enable_vram_management,
 )
@@ -271,6 +272,12 @@ def as_subclass(self: Tensor, cls: Any) -> Tensor:
     return self if isinstance(self, CudaTensor) else nn.Parameter(self, requires_grad=False)
 
 
+def usual() -> tuple[int, ...]:
+    """Stand in for ``_staged._usual``: a tensor on the device is an alias of another one here only."""
+    with raw():
+        return _staged._counts([plain_class(plain_empty(1), CudaTensor)])[0]
+
+
 def is_pinned(self: Tensor, device: Any = None) -> bool:
     """Stand in for ``Tensor.is_pinned``: a parameter whose values were moved keeps its class."""
     block = sim.block(self)
@@ -292,6 +299,7 @@ def _simulated() -> Iterator[None]:
             (Tensor, "is_pinned", is_pinned),
             (_pinned, "_page_locked", page_locked),
             (PinnedSlabs, "lock", lock),
+            (_staged, "_usual", usual),
             (_pinned, "available_ram", lambda: 1 << 40),
             (_pinned, "CHUNK", 64),
             (_pinned, "SLAB", 1 << 12),

@@ -104,7 +104,7 @@ class Residency(Fetching):
             if not self.resident:
                 self._hide()
             self._staged = None
-            if not self._device.is_host:
+            if not self._device.is_host and not torch.is_grad_enabled():  # otherwise that was done before
                 for tensor in escaped(staged.fetched.tensors):
                     self._device.record_use(tensor)
             is_for_once = staged.fetched.made_from is FOR_ONCE or changed
